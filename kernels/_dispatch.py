@@ -1,0 +1,89 @@
+"""Which path of an op runs: the caller's choice, else the best one for the tensor's device."""
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import os
+
+import torch
+
+BACKENDS = ("auto", "reference", "portable", "triton")
+
+
+def _checked(name: str, source: str) -> str:
+    if name not in BACKENDS:
+        raise ValueError(f"{source} must be one of {', '.join(BACKENDS)}, got {name!r}")
+    return name
+
+
+# One choice for the process, not for a thread: autograd runs the backward of an op in threads of its own.
+_choice = _checked(os.environ.get("VISIONBB_BACKEND", "auto"), "VISIONBB_BACKEND")
+
+
+@contextlib.contextmanager
+def use(backend: str):
+    """Run the ops inside the block on one path, in every thread. Scripted modules know no reference path.
+
+    Args:
+        backend: "reference" (the definition, exact and slow), "portable" (plain PyTorch), "triton" (fused kernels;
+            CPU tensors only under `TRITON_INTERPRET=1`) or "auto" (the default: triton where it can, else portable).
+
+    Raises:
+        ValueError: `backend` is none of these.
+    """
+    global _choice
+    before, _choice = _choice, _checked(backend, "backend")
+    try:
+        yield
+    finally:
+        _choice = before
+
+
+@functools.cache
+def has_triton() -> bool:
+    """Whether Triton can be imported here; it is not imported by asking."""
+    return importlib.util.find_spec("triton") is not None
+
+
+def interpreted() -> bool:
+    """Whether Triton kernels run in its interpreter, on CPU tensors."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def exporting() -> bool:
+    """Whether a graph is being recorded that must run without this package (torch.export, ONNX)."""
+    # The flag behind torch.compiler.is_exporting(), which Dynamo takes to be true under torch.compile too. Torch 2.6
+    # has none: there an exported program keeps our op, and needs this package to run.
+    return getattr(torch.compiler, "_is_exporting_flag", False) or torch.onnx.is_in_onnx_export()
+
+
+def reference_chosen() -> bool:
+    return _choice == "reference"
+
+
+def resolve(x: torch.Tensor, triton_refuses: str | None) -> str:
+    """The path that serves `x` inside a registered op: "portable" or "triton".
+
+    Args:
+        x: an input of the op; its device decides under "auto".
+        triton_refuses: why the op's Triton kernels cannot take these arguments, or None if they can.
+
+    Raises:
+        RuntimeError: "triton" was asked for by name where it cannot run.
+    """
+    choice = _choice
+    if choice in ("reference", "portable"):
+        return "portable"
+    if choice == "triton":
+        if not has_triton():
+            raise RuntimeError("backend 'triton' was asked for, but triton is not installed")
+        if not (x.is_cuda or interpreted()):
+            raise RuntimeError(
+                f"backend 'triton' was asked for, but its kernels need a GPU tensor and got one on {x.device}"
+                " (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
+            )
+        if triton_refuses:
+            raise RuntimeError(f"backend 'triton' was asked for, but {triton_refuses}")
+        return choice
+    return "triton" if x.is_cuda and has_triton() and not triton_refuses else "portable"

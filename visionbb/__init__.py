@@ -1,0 +1,4 @@
+"""Efficient vision backbones for timm: `import visionbb` registers every model with `timm.create_model`."""
+from ._version import __version__
+
+__all__ = ["__version__"]

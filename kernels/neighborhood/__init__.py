@@ -280,9 +280,9 @@ def _register(name: str, tensors: str, split):
         ctx.geometry = inputs[n + 1 :]
 
     def backward(ctx, dout, dlse):
-        rpb = ctx.saved_tensors[n]
-        *grads, drpb = backward_op(dout, dlse, *ctx.saved_tensors, *ctx.geometry)
-        return *grads, None if rpb is None else drpb, *(None for _ in ctx.geometry)
+        saved = ctx.saved_tensors  # once: activation checkpointing recomputes them when read
+        *grads, drpb = backward_op(dout, dlse, *saved, *ctx.geometry)
+        return *grads, None if saved[n] is None else drpb, *(None for _ in ctx.geometry)
 
     op.register_autograd(backward, setup_context=setup_context)
 

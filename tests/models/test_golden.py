@@ -1,0 +1,58 @@
+"""Our models with the weights of the authors' code give the authors' outputs (tests/golden, recorded once)."""
+import ast
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from safetensors import safe_open
+
+import visionbb  # noqa: F401  (registers the models)
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+# recording -> (our model, the recorded network's arguments in our words)
+CASES = {
+    "nat": ("nat_tiny", dict(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), kernel_size=3, mlp_ratio=2.0,
+                             layer_scale=1e-5)),
+    "dinat": ("dinat_tiny", dict(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), kernel_size=3, mlp_ratio=2.0,
+                                 dilations=((2,), (1, 3), (2,), (1,)))),
+    "dinat_s": ("dinat_s_tiny", dict(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), kernel_size=3,
+                                     mlp_ratio=2.0, dilations=((2,), (1, 3), (2,), (1,)))),
+    "nat_isotropic": ("dinat_isotropic_small", dict(embed_dim=16, depth=3, num_heads=2, kernel_size=3, mlp_ratio=2.0)),
+    "vitrpb": ("vitrpb_small", dict(embed_dim=16, depth=3, num_heads=2, map_size=4, mlp_ratio=2.0)),
+}
+
+
+def recording(name):
+    with safe_open(GOLDEN / f"{name}.safetensors", "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    weights = {k.removeprefix("weights."): v for k, v in tensors.items() if k.startswith("weights.")}
+    return tensors, weights, metadata
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_authors_code(name, tmp_path):
+    tensors, weights, _ = recording(name)
+    architecture, args = CASES[name]
+    torch.save(weights, tmp_path / "authors.pth")
+    # Through timm's own loader, which is strict: no key missing, none left over.
+    model = timm.create_model(architecture, num_classes=7, checkpoint_path=tmp_path / "authors.pth", **args).eval()
+    with torch.no_grad():
+        _, features = model.forward_intermediates(tensors["input"])
+        torch.testing.assert_close(model(tensors["input"]), tensors["output"], rtol=1e-4, atol=1e-4)
+    recorded = [tensors[f"features.{i}"] for i in range(len(features))]
+    for got, want in zip(features, recorded):
+        torch.testing.assert_close(got, want.permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_provenance_is_recorded(name):
+    metadata = recording(name)[2]
+    assert metadata["repository"].startswith("https://github.com/")
+    assert len(metadata["commit"]) == 40
+    assert isinstance(ast.literal_eval(metadata["arguments"].replace("dict(", "")), dict)
+
+
+def test_every_recording_is_used():
+    assert {path.stem for path in GOLDEN.glob("*.safetensors")} == set(CASES)

@@ -1,0 +1,52 @@
+"""Entry points from a table of variants, and a guard in front of timm's registry."""
+
+import sys
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import timm
+from timm.models import register_model, resolve_pretrained_cfg
+from torch import nn
+
+
+def register_variants(
+    module_name: str,
+    variants: Mapping[str, Mapping[str, Any]],
+    create: Callable[..., nn.Module],
+    tag_args: Mapping[str, Mapping[str, Any]] | None = None,
+) -> None:
+    """Makes one timm entry point a variant, `name(pretrained=False, **kwargs)`, in the calling module.
+
+    Args:
+        module_name: `__name__` of the family's module, which holds `default_cfgs` already.
+        variants: model name to the model's arguments, which a caller's keywords override.
+        create: (variant, pretrained, **kwargs) -> model.
+        tag_args: "name.tag" to arguments that go with a pretrained tag; they override those of the variant.
+
+    Raises:
+        ValueError: timm has a model of that name.
+    """
+    module = sys.modules[module_name]
+
+    def entry_point(name: str, args: Mapping[str, Any]) -> Callable[..., nn.Module]:
+        def build(pretrained: bool = False, **kwargs) -> nn.Module:
+            of_tag = {}
+            if tag_args:
+                tag = resolve_pretrained_cfg(name, kwargs.get("pretrained_cfg")).tag
+                of_tag = tag_args.get(f"{name}.{tag}", {})
+            return create(name, pretrained, **{**args, **of_tag, **kwargs})
+
+        build.__name__ = build.__qualname__ = name
+        build.__module__ = module_name
+        build.__doc__ = f"{name}: {', '.join(f'{key}={value}' for key, value in args.items())}"
+        return build
+
+    for name, args in variants.items():
+        refuse_to_shadow(name)
+        setattr(module, name, register_model(entry_point(name, args)))
+
+
+def refuse_to_shadow(name: str) -> None:
+    """timm's own registration would overwrite a model of the same name and delete its pretrained tags."""
+    if timm.is_model(name) and not timm.model_entrypoint(name).__module__.startswith("visionbb."):
+        raise ValueError(f"model name {name!r} belongs to timm {timm.__version__}; choose another")

@@ -205,11 +205,11 @@ def _composite(q, k, v, rpb, window: Window, scale: float, return_lse: bool):
 
 # ---- Registration: custom ops, fakes, autograd, FLOPs ---------------------------------------------------------------
 
-_GEOMETRY = "int[] kernel_size, int[] dilation, int[] stride, bool[] causal, bool disc, bool clip, float scale"
+_GEOMETRY = "int[] kernel_size, int[] dilation, int[] stride, int[] causal, bool disc, bool clip, float scale"
 
 
 def _window(kernel, dilation, stride, causal, disc, clip) -> Window:
-    return Window(tuple(kernel), tuple(dilation), tuple(stride), tuple(causal), disc, clip)
+    return Window(tuple(kernel), tuple(dilation), tuple(stride), tuple(map(bool, causal)), disc, clip)
 
 
 def _path(q, k, v, rpb, window):

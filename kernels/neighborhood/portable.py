@@ -11,6 +11,7 @@ The work is cut into chunks of images that stay in cache; peak extra memory does
 from __future__ import annotations
 
 import functools
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -21,7 +22,9 @@ from .._dispatch import exporting
 from .window import Window, axis_range
 
 TILE = 8  # queries a side: 7 or 8 at the zoo's map sizes; smaller starves the matrix products, larger masks more
-CHUNK_BYTES = 6 << 20  # gathered keys and values of one chunk of images
+# Gathered keys and values of one chunk of images, in bytes. The backward calls more operators a chunk.
+FORWARD_CHUNK, BACKWARD_CHUNK = 1 << 20, 4 << 20
+LOG2E = math.log2(math.e)
 
 
 class AxisTiles(NamedTuple):
@@ -138,31 +141,35 @@ def _take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
 
 def _tiles(x: torch.Tensor, index: torch.Tensor | None, plan: Plan) -> torch.Tensor:
     """Gathers (B, N, ...) into (B * n, T or S, ...)."""
-    return _take(x, index).unflatten(1, (plan.n, -1)).flatten(0, 1)
+    return x if index is None else x.index_select(1, index).unflatten(1, (plan.n, -1)).flatten(0, 1)
 
 
 def _untile(x: torch.Tensor, plan: Plan) -> torch.Tensor:
     """(B * n, T, ...) back to (B, N, ...): every position from the slot that owns it."""
-    return _take(x.unflatten(0, (-1, plan.n)).flatten(1, 2), plan.slot)
+    return x if plan.slot is None else x.unflatten(0, (-1, plan.n)).flatten(1, 2).index_select(1, plan.slot)
 
 
 def _bias(plan: Plan, rpb: torch.Tensor | None, window: Window, like: torch.Tensor) -> torch.Tensor | None:
-    """Additive mask of every tile, (n, heads or 1, T, S): the position bias, -inf outside of the windows."""
+    """Additive mask of every tile, (n, heads or 1, T, S): the position bias, -inf outside the windows."""
     if rpb is None:
         if plan.dense:
             return None
         kh, kw = window.kernel
         rpb = like.new_zeros(1, 2 * kh - 1, 2 * kw - 1)
-    table = F.pad(rpb.flatten(1).to(like.dtype), (0, 1), value=float("-inf"))
-    return table[:, plan.pattern].transpose(0, 1).index_select(0, plan.tile_pattern)
+    table = rpb.flatten(1).to(like.dtype)
+    if not plan.dense:
+        table = F.pad(table, (0, 1), value=float("-inf"))
+    bias = table.index_select(1, plan.pattern.flatten()).unflatten(1, plan.pattern.shape)
+    return (bias if plan.n == 1 else bias.index_select(1, plan.tile_pattern)).transpose(0, 1)
 
 
 def _repeat(bias: torch.Tensor | None, times: int) -> torch.Tensor | None:
     return bias if bias is None or times == 1 or len(bias) == 1 else bias.repeat(times, 1, 1, 1)
 
 
-def _chunks(B: int, plan: Plan, bytes_per_token: int) -> list[slice]:
-    step = B if plan.key is None else max(1, CHUNK_BYTES // (plan.n * plan.S * bytes_per_token))
+def _chunks(B: int, plan: Plan, bytes_per_token: int, limit: int) -> list[slice]:
+    step = B if plan.key is None else max(1, limit // (plan.n * plan.S * bytes_per_token))
+    step = -(-B // -(-B // step)) if B else 1
     return [slice(i, min(i + step, B)) for i in range(0, B, step)]
 
 
@@ -186,7 +193,7 @@ def forward(
     bias = _bias(plan, rpb, window, q)
     q, k, v = (x.flatten(1, 2) for x in (q, k, v))
     outs, lses = [], []
-    for part in _chunks(B, plan, 2 * heads * d * q.element_size()):
+    for part in _chunks(B, plan, 2 * heads * d * q.element_size(), FORWARD_CHUNK):
         tiles = (_tiles(q[part], plan.query, plan), _tiles(k[part], plan.key, plan), _tiles(v[part], plan.key, plan))
         out, lse = _attend(*(t.transpose(1, 2) for t in tiles), _repeat(bias, len(q[part])), scale)
         outs.append(_untile(out.transpose(1, 2), plan))
@@ -251,36 +258,39 @@ def backward(
     wide = torch.promote_types(q.dtype, torch.float32)
     plan = _plan(H, W, window, q.device)
     bias = _bias(plan, rpb, window, lse)
+    if bias is not None:
+        bias = bias * LOG2E
     delta = (dout.to(wide) * out).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    q, k, v, dout, delta, lse = (x.flatten(1, 2) for x in (q, k, v, dout, delta, lse))
+    q, k, v, dout, delta, lse2 = (x.flatten(1, 2) for x in (q, k, v, dout, delta, lse * LOG2E))
     dbias = None if rpb is None else lse.new_zeros(heads, plan.n, plan.T * plan.S)
 
-    for part in _chunks(B, plan, 2 * heads * d * q.element_size()):
+    for part in _chunks(B, plan, 2 * heads * d * q.element_size(), BACKWARD_CHUNK):
         images = len(q[part])
-        tq, tdo, tdelta, tlse = (_tiles(x[part], plan.query, plan) for x in (q, dout, delta, lse))
+        tq, tdo, tdelta, tlse = (_tiles(x[part], plan.query, plan) for x in (q, dout, delta, lse2))
         tk, tv = (_tiles(x[part], plan.key, plan) for x in (k, v))
         tq, tdo, tk, tv = (x.to(wide) for x in (tq, tdo, tk, tv))
-        if plan.spare is not None:  # a repeated query must not count twice: its weights become exp(-inf)
+        if plan.spare is not None:  # a repeated query must not count twice: its weights become 2 ** -inf
             tlse = tlse.masked_fill(plan.spare.view(-1, plan.T, 1).repeat(images, 1, 1), float("inf"))
         gq, gk, gv = torch.empty_like(tq), torch.empty_like(tk), torch.empty_like(tv)
         for i in range(heads):  # views of one head are plain matrices with a row stride: no head-major copy
             qi, ki, vi, doi = (x[:, :, i] for x in (tq, tk, tv, tdo))
+            minus_lse = -tlse[:, :, i, None]
             if bias is None:
-                p = torch.bmm(qi, ki.transpose(1, 2)).mul_(scale)
+                p = torch.baddbmm(minus_lse, qi, ki.transpose(1, 2), alpha=scale * LOG2E)
             else:
-                p = bias[:, i if bias.shape[1] > 1 else 0].repeat(images, 1, 1)
-                p = p.baddbmm_(qi, ki.transpose(1, 2), alpha=scale)
-            p = p.sub_(tlse[:, :, i, None]).exp_()
+                start = bias[:, i if bias.shape[1] > 1 else 0] + minus_lse.unflatten(0, (images, plan.n))
+                p = start.flatten(0, 1).baddbmm_(qi, ki.transpose(1, 2), alpha=scale * LOG2E)
+            p = p.exp2_()  # not exp: that of -inf is several times slower on a CPU
             gv[:, :, i] = torch.bmm(p.transpose(1, 2), doi)
             ds = torch.bmm(doi, vi.transpose(1, 2)).sub_(tdelta[:, :, i, None]).mul_(p)
-            gq[:, :, i] = torch.bmm(ds, ki).mul_(scale)
-            gk[:, :, i] = torch.bmm(ds.transpose(1, 2), qi).mul_(scale)
+            gq[:, :, i] = torch.bmm(ds, ki)
+            gk[:, :, i] = torch.bmm(ds.transpose(1, 2), qi)
             if dbias is not None:
                 dbias[i] += ds.view(images, plan.n, -1).sum(0)
-        dq[part] = _untile(gq, plan).view(images, H, W, heads, d)
-        for g, into in ((gk, dk), (gv, dv)):
+        dq[part] = _untile(gq.mul_(scale), plan).view(images, H, W, heads, d)
+        for g, into in ((gk.mul_(scale), dk), (gv, dv)):
             g = g.unflatten(0, (images, plan.n)).flatten(1, 2)
             if plan.key is not None:
                 g = g.new_zeros(images, H * W, heads, d).index_add_(1, plan.key, g)

@@ -169,7 +169,8 @@ def test_chunks_of_images_do_not_show(monkeypatch):
     case = dict(shape=(5, 9, 9, 2, 4), bias=True, packed=True, seed=0,
                 args=dict(kernel_size=(3, 3), dilation=(1, 1), stride=(1, 1), causal=(False,) * 2, window="square"))
     whole = outcome(case, "portable", torch.float64)
-    monkeypatch.setattr(portable, "CHUNK_BYTES", 1)
+    monkeypatch.setattr(portable, "FORWARD_CHUNK", 1)
+    monkeypatch.setattr(portable, "BACKWARD_CHUNK", 1)
     monkeypatch.setattr(portable, "TILE", 3)
     for got, want in zip(outcome(case, "portable", torch.float64), whole):
         torch.testing.assert_close(got, want)
@@ -230,7 +231,7 @@ def test_scripted_module_calls_the_op():
     @torch.jit.script
     def f(qkv: torch.Tensor):
         return torch.ops.visionbb.na2d_qkvpacked(
-            qkv, None, [3, 3], [1, 1], [1, 1], [False, False], False, False, 0.5)[0]
+            qkv, None, [3, 3], [1, 1], [1, 1], [0, 0], False, False, 0.5)[0]
 
     qkv = torch.randn(1, 5, 5, 3, 1, 4)
     buffer = io.BytesIO()

@@ -93,7 +93,7 @@ class NeighborhoodAttention(nn.Module):
         """(B, H, W, 3, heads, head_dim) to (B, H, W, heads, head_dim)."""
         clip = self.pad_mode == "mask"
         if torch.jit.is_scripting():
-            causal = [self.is_causal, self.is_causal]
+            causal = [int(self.is_causal), int(self.is_causal)]
             return torch.ops.visionbb.na2d_qkvpacked(
                 qkv, self.rpb, self.kernel_size, self.dilation, self.stride, causal, self.window == "disc", clip,
                 self.scale,

@@ -1,17 +1,19 @@
 """Neighborhood attention in plain PyTorch: query tiles, each with the halo of keys that its windows touch.
 
-A tile of T x T neighbouring queries (of one dilation group) sees at most (T+k-1) x (T+k-1) keys, so that gathering
-those once and attending densely under a mask costs a small constant over the useful work, where a gather per query
-moves every key k*k times and a mask over the map costs N x N. Windows that cover their group (k * dilation = length)
-are the case of one tile a group with no masked key at all.
+A tile of neighbouring queries of one dilation group sees few keys more than one query does, so that copying those once
+and attending densely under a mask costs a small constant over the useful work, where a gather per query moves every
+key k*k times and a mask over the map costs N x N. Where windows cover their group (kernel * dilation = length), a
+tile is a group and nothing is masked.
 
-One `Plan` of index tables serves every geometry (dilation, ragged groups, stride, causal, disc), forward and backward.
-The work is cut into chunks of images that stay in cache; peak extra memory does not grow with the batch.
+Dilation groups of one length share all tables; a map has at most two lengths an axis, so that a plan has one to four
+parts. Tiles start at few distinct steps, so that strided views copy them without index tables. The work goes in chunks
+of images that stay in cache: peak extra memory does not grow with the batch.
 """
 from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -21,157 +23,236 @@ import torch.nn.functional as F
 from .._dispatch import exporting
 from .window import Window, axis_range
 
-TILE = 8  # queries a side: 7 or 8 at the zoo's map sizes; smaller starves the matrix products, larger masks more
 # Gathered keys and values of one chunk of images, in bytes. The backward calls more operators a chunk.
-FORWARD_CHUNK, BACKWARD_CHUNK = 1 << 20, 4 << 20
+FORWARD_CHUNK, BACKWARD_CHUNK = 2 << 20, 4 << 20
+TILE_SIDES = range(4, 17)
 LOG2E = math.log2(math.e)
 
 
-class AxisTiles(NamedTuple):
-    query: np.ndarray  # (tiles, T) positions; a ragged tile repeats its first query
-    owner: np.ndarray  # (tiles, T) bool: False for the repeats
-    key: np.ndarray  # (tiles, S) positions
+# ---- Plans: which tiles a geometry has ------------------------------------------------------------------------------
+
+class Axis(NamedTuple):
+    """Tiles along one axis, the same for `groups` dilation groups of equal length.
+
+    Starts count inside a group: index i of group g stands at position g + dilation * i.
+    """
+
+    first: int  # first group
+    groups: int
+    dilation: int
+    query: tuple[int, ...]  # start of each tile; the last one may overlap the one before
+    key: tuple[int, ...]  # start of each tile's halo
+    T: int  # queries a tile
+    S: int  # keys a tile
     inside: np.ndarray  # (tiles, T, S) bool: does the query's window hold the key
-    offset: np.ndarray  # (tiles, T, S) key - query, in-group
+    offset: np.ndarray  # (tiles, T, S) key - query
+
+    def positions(self, starts: tuple[int, ...], size: int) -> np.ndarray:
+        """(groups * tiles, size) positions on the map."""
+        group = np.arange(self.first, self.first + self.groups)[:, None, None]
+        return (group + self.dilation * (np.array(starts)[:, None] + np.arange(size))).reshape(-1, size)
+
+    def owner(self) -> np.ndarray:
+        """(groups * tiles, T) bool: of a query that stands in two tiles, the later one owns it."""
+        after = np.append(self.query[1:], self.query[-1] + self.T)
+        own = np.array(self.query)[:, None] + np.arange(self.T) < after[:, None]
+        return np.tile(own, (self.groups, 1))
 
 
-def _axis_tiles(length: int, window: Window, axis: int) -> AxisTiles:
-    kernel, dilation, stride = window.kernel[axis], window.dilation[axis], window.stride[axis]
-    start, count = axis_range(length, kernel, dilation, stride, window.causal[axis], window.disc)
-    longest = -(-length // dilation)
-    target = max(TILE, kernel // 2)
-    tile = -(-longest // -(-longest // target))
-    tile = min(-(-tile // stride) * stride, longest)  # whole stride groups share one window
-
-    query, owner, low, high = [], [], [], []
-    for group in range(min(dilation, length)):
-        for first in range(group, length, tile * dilation):
-            members = np.arange(first, min(first + tile * dilation, length), dilation)
-            query.append(np.pad(members, (0, tile - len(members)), constant_values=members[0]))
-            owner.append(np.arange(tile) < len(members))
-            low.append(start[members].min())
-            high.append((start + count)[members].max())
-    query = np.stack(query)
-    halo = max(np.subtract(high, low))
-    step = np.array(low)[:, None] + np.arange(halo)  # in-group index of every key
-    key = np.minimum(query[:, :1] % dilation + dilation * step, length - 1)  # past the end: masked, any will do
-    step = step[:, None]
-    inside = (step >= start[query][..., None]) & (step < (start + count)[query][..., None])
-    return AxisTiles(query, np.stack(owner), key, inside, step - query[..., None] // dilation)
-
-
-class Plan(NamedTuple):
-    """Index tables of one geometry: n tiles of T queries and S keys (both flattened over the two axes)."""
-
-    query: torch.Tensor | None  # (n*T,) flat position of every query slot; None: one tile, the map in its order
-    key: torch.Tensor | None  # (n*S,) likewise
-    slot: torch.Tensor | None  # (H*W,) the slot that owns each position
-    spare: torch.Tensor | None  # (n*T,) slots that repeat a query of their tile; None: there are none
-    pattern: torch.Tensor  # (p, T, S) index into [rpb, -inf] (rpb flattened)
-    tile_pattern: torch.Tensor  # (n,) pattern of every tile; inner tiles share one
-    dense: bool  # no key of any tile is masked
-    n: int
-    T: int
-    S: int
-
-
-def _patterns(tiles: AxisTiles) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The distinct (offset, inside) tables of an axis, and which of them each tile has."""
-    outside = tiles.inside.size  # a value that no offset takes
-    code, index = np.unique(np.where(tiles.inside, tiles.offset, outside), axis=0, return_inverse=True)
-    return code, code != outside, index.reshape(-1)
-
-
-@functools.lru_cache(maxsize=128)
-def _tables(H: int, W: int, window: Window) -> dict[str, np.ndarray | bool | int | None]:
-    """The fields of a `Plan` as NumPy arrays."""
-    rows, cols = _axis_tiles(H, window, 0), _axis_tiles(W, window, 1)
-
-    def grid(join, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        """(tiles_h, i) and (tiles_w, j) to (tiles_h * tiles_w, i * j)."""
-        return join(a[:, None, :, None], b[None, :, None, :]).reshape(len(a) * len(b), -1)
-
-    query = grid(np.add, rows.query * W, cols.query)
-    key = grid(np.add, rows.key * W, cols.key)
-    owner = grid(np.logical_and, rows.owner, cols.owner).reshape(-1)
-    (n, T), S = query.shape, key.shape[1]
-    slot = np.empty(H * W, dtype=np.int64)
-    slot[query.reshape(-1)[owner]] = np.arange(n * T)[owner]
-
-    dy, in_h, pattern_h = _patterns(rows)
-    dx, in_w, pattern_w = _patterns(cols)
-    dy, in_h = dy[:, None, :, None, :, None], in_h[:, None, :, None, :, None]
-    dx, in_w = dx[None, :, None, :, None, :], in_w[None, :, None, :, None, :]
-    inside = in_h & in_w
-    if window.disc:
-        inside = inside & (dy**2 + dx**2 < window.radius**2)
-    kh, kw = window.kernel
-    masked = (2 * kh - 1) * (2 * kw - 1)
-    pattern = np.where(inside, (dy + kh - 1) * (2 * kw - 1) + dx + kw - 1, masked)
-
-    whole = n == 1 and T == S == H * W  # the map is one tile: nothing to gather
-    return dict(
-        query=None if whole else query.reshape(-1),
-        key=None if whole else key.reshape(-1),
-        slot=None if whole else slot,
-        spare=None if owner.all() else ~owner,
-        pattern=pattern.reshape(-1, T, S),
-        tile_pattern=(pattern_h[:, None] * pattern.shape[1] + pattern_w).reshape(-1),
-        dense=bool(inside.all()),
-        n=n, T=T, S=S,
+def _axis(first: int, groups: int, length: int, tile: int, window: Window, axis: int) -> Axis:
+    start, count = axis_range(length, window.kernel[axis], 1, window.stride[axis], window.causal[axis], window.disc)
+    query = [min(q, length - tile) for q in range(0, length, tile)]
+    members = np.array(query)[:, None] + np.arange(tile)
+    low, high = start[members].min(1), (start + count)[members].max(1)
+    halo = (high - low).max()
+    low = np.minimum(low, length - halo)
+    key = low[:, None, None] + np.arange(halo)
+    begin = start[members][..., None]
+    inside = (key >= begin) & (key < begin + count[members][..., None])
+    offset = key - members[..., None]
+    return Axis(
+        first, groups, window.dilation[axis], tuple(query), tuple(low.tolist()), tile, int(halo), inside, offset
     )
 
 
-def _new_plan(H: int, W: int, window: Window, device: torch.device) -> Plan:
-    fields = _tables(H, W, window)
-    return Plan(**{k: torch.tensor(x, device=device) if isinstance(x, np.ndarray) else x for k, x in fields.items()})
+def _candidates(length: int, window: Window, axis: int) -> list[list[Axis]]:
+    """For each length of the axis's dilation groups, tilings of several tile sides."""
+    dilation = window.dilation[axis]
+    short, longer = divmod(length, dilation)  # `longer` groups have one member more
+    lengths = [(0, longer, short + 1), (longer, dilation - longer, short)]
+    return [
+        [_axis(first, groups, size, side, window, axis) for side in {-(-size // -(-size // t)) for t in TILE_SIDES}]
+        for first, groups, size in lengths
+        if groups and size
+    ]
+
+
+def _cost(rows: Axis, cols: Axis) -> float:
+    """Rough time of a tiling, ns a head, from measurements on two x86 cores: scores, copies, calls."""
+    T, S = rows.T * cols.T, rows.S * cols.S
+    return rows.groups * len(rows.query) * cols.groups * len(cols.query) * (2.9 * T * S + 32 * (T + S) + 3000)
+
+
+class Part(NamedTuple):
+    """Some of the tiles of a map, n of them with T queries and S keys each (flattened over the two axes)."""
+
+    rows: Axis
+    cols: Axis
+    n: int
+    T: int
+    S: int
+    whole: bool  # one tile that is the map: nothing to copy
+    dense: bool  # no key of any tile is masked
+    pattern: torch.Tensor  # (p, T, S) index into [rpb, -inf] (rpb flattened)
+    tile_pattern: torch.Tensor | None  # (n,) pattern of every tile; None: all have the first
+    spare: torch.Tensor | None  # (n, T) queries that a later tile owns; None: there are none
+    query: torch.Tensor  # (n*T,) flat position of every query
+    key: torch.Tensor  # (n*S,) likewise
+
+
+def _patterns(axis: Axis) -> tuple[np.ndarray, np.ndarray]:
+    """The distinct offset tables of an axis, outside pairs marked, and which of them each tile has."""
+    outside = 1 << 30  # no offset
+    codes, index = np.unique(np.where(axis.inside, axis.offset, outside), axis=0, return_inverse=True)
+    return codes, np.tile(index.reshape(-1), axis.groups)
+
+
+@functools.lru_cache(maxsize=128)
+def _tables(H: int, W: int, window: Window) -> list[dict]:
+    """The parts of a map, as `Part`'s fields with NumPy arrays."""
+    kh, kw = window.kernel
+    parts = []
+    for row_choice in _candidates(H, window, 0):
+        for col_choice in _candidates(W, window, 1):
+            rows, cols = min(((r, c) for r in row_choice for c in col_choice), key=lambda pair: _cost(*pair))
+
+            def grid(join, a: np.ndarray, b: np.ndarray) -> np.ndarray:
+                """(row tiles, i) and (column tiles, j) to (n, i * j)."""
+                return join(a[:, None, :, None], b[None, :, None, :]).reshape(len(a) * len(b), -1)
+
+            (dy, pattern_h), (dx, pattern_w) = _patterns(rows), _patterns(cols)
+            dy, dx = dy[:, None, :, None, :, None], dx[None, :, None, :, None, :]
+            inside = np.maximum(dy, dx) < 1 << 30
+            if window.disc:
+                inside &= dy**2 + dx**2 < window.radius**2
+            pattern = np.where(inside, (dy + kh - 1) * (2 * kw - 1) + dx + kw - 1, (2 * kh - 1) * (2 * kw - 1))
+            query = grid(np.add, rows.positions(rows.query, rows.T) * W, cols.positions(cols.query, cols.T))
+            key = grid(np.add, rows.positions(rows.key, rows.S) * W, cols.positions(cols.key, cols.S))
+            owner = grid(np.logical_and, rows.owner(), cols.owner())
+            (n, T), S = query.shape, key.shape[1]
+            several = inside.shape[0] * inside.shape[1] > 1
+            tile_pattern = (pattern_h[:, None] * inside.shape[1] + pattern_w).reshape(-1)
+            parts.append(dict(
+                rows=rows, cols=cols, n=n, T=T, S=S,
+                whole=n == 1 and T == S == H * W,
+                dense=bool(inside.all()),
+                pattern=pattern.reshape(-1, T, S),
+                tile_pattern=tile_pattern if several else None,
+                spare=None if owner.all() else ~owner,
+                query=query.reshape(-1), key=key.reshape(-1),
+            ))
+    return parts
+
+
+def _slots(H: int, W: int, window: Window) -> np.ndarray:
+    """(H*W,) for every position a query slot that holds it, counted through the tiles of all parts."""
+    slots = np.empty(H * W, dtype=np.int64)
+    held = np.concatenate([fields["query"] for fields in _tables(H, W, window)])
+    slots[held] = np.arange(len(held))
+    return slots
+
+
+def _new_plan(H: int, W: int, window: Window, device: torch.device) -> list[Part]:
+    def tensor(value):
+        return torch.tensor(value, device=device) if isinstance(value, np.ndarray) else value
+
+    return [Part(**{name: tensor(value) for name, value in fields.items()}) for fields in _tables(H, W, window)]
 
 
 _kept_plan = functools.lru_cache(maxsize=128)(_new_plan)
 
 
-def _plan(H: int, W: int, window: Window, device: torch.device) -> Plan:
+def _plan(H: int, W: int, window: Window, device: torch.device) -> list[Part]:
     # Tensors made while a graph is recorded belong to that graph: they must not reach the cache.
     return (_new_plan if exporting() else _kept_plan)(H, W, window, device)
 
 
-def _take(x: torch.Tensor, index: torch.Tensor | None) -> torch.Tensor:
-    return x if index is None else x.index_select(1, index)
+# ---- Moving tiles ---------------------------------------------------------------------------------------------------
+
+def _runs(starts: tuple[int, ...], step: int | None = None) -> list[tuple[slice, int, int]]:
+    """Splits tiles into runs of evenly spaced starts (apart by `step`, if given): (tiles, first start, spacing)."""
+    runs, low = [], 0
+    while low < len(starts):
+        high = low + 1
+        spacing = starts[high] - starts[low] if high < len(starts) else 0
+        if step is None or spacing == step:
+            while high < len(starts) and starts[high] - starts[high - 1] == spacing:
+                high += 1
+        runs.append((slice(low, high), starts[low], spacing))
+        low = high
+    return runs
 
 
-def _tiles(x: torch.Tensor, index: torch.Tensor | None, plan: Plan) -> torch.Tensor:
-    """Gathers (B, N, ...) into (B * n, T or S, ...)."""
-    return x if index is None else x.index_select(1, index).unflatten(1, (plan.n, -1)).flatten(0, 1)
+def _views(x: torch.Tensor, part: Part, keys: bool) -> Iterator[tuple[slice, slice, torch.Tensor]]:
+    """Strided views of x (B, H, W, ...) that together are all tiles: (row tiles, column tiles, view).
+
+    A view is (B, groups, row tiles, groups, column tiles, side, side, ...). Query tiles of one view do not overlap.
+    """
+    (rows, cols), (sb, sh, sw, *rest) = (part.rows, part.cols), x.stride()
+    h, w = (rows.S, cols.S) if keys else (rows.T, cols.T)
+    dh, dw = rows.dilation * sh, cols.dilation * sw
+    origin = x.storage_offset() + rows.first * sh + cols.first * sw
+    for r, r0, r_step in _runs(rows.key) if keys else _runs(rows.query, rows.T):
+        for c, c0, c_step in _runs(cols.key) if keys else _runs(cols.query, cols.T):
+            size = (len(x), rows.groups, r.stop - r.start, cols.groups, c.stop - c.start, h, w, *x.shape[3:])
+            stride = (sb, sh, r_step * dh, sw, c_step * dw, dh, dw, *rest)
+            yield r, c, x.as_strided(size, stride, origin + r0 * dh + c0 * dw)
 
 
-def _untile(x: torch.Tensor, plan: Plan) -> torch.Tensor:
-    """(B * n, T, ...) back to (B, N, ...): every position from the slot that owns it."""
-    return x if plan.slot is None else x.unflatten(0, (-1, plan.n)).flatten(1, 2).index_select(1, plan.slot)
+def _grid(part: Part, keys: bool) -> tuple[int, ...]:
+    rows, cols = part.rows, part.cols
+    side = (rows.S, cols.S) if keys else (rows.T, cols.T)
+    return rows.groups, len(rows.query), cols.groups, len(cols.query), *side
 
 
-def _bias(plan: Plan, rpb: torch.Tensor | None, window: Window, like: torch.Tensor) -> torch.Tensor | None:
-    """Additive mask of every tile, (n, heads or 1, T, S): the position bias, -inf outside the windows."""
+def _cut(x: torch.Tensor, part: Part, keys: bool = False) -> torch.Tensor:
+    """Copies x (B, H, W, ...) into its tiles (B * n, T or S, ...)."""
+    if part.whole:
+        return x.flatten(1, 2)
+    tiles = x.new_empty(len(x), *_grid(part, keys), *x.shape[3:])
+    for r, c, view in _views(x, part, keys):
+        tiles[:, :, r, :, c] = view
+    return tiles.view(len(x) * part.n, part.S if keys else part.T, *x.shape[3:])
+
+
+def _paste(tiles: torch.Tensor, x: torch.Tensor, part: Part) -> None:
+    """Writes query tiles (B * n, T, ...) to their places in x (B, H, W, ...); of two on one place the owner is last."""
+    tiles = tiles.reshape(len(x), *_grid(part, keys=False), *x.shape[3:])
+    for r, c, view in _views(x, part, keys=False):
+        view.copy_(tiles[:, :, r, :, c])
+
+
+def _bias(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Tensor) -> torch.Tensor | None:
+    """Additive mask, (n or 1, heads or 1, T, S): the position bias, -inf outside the windows."""
     if rpb is None:
-        if plan.dense:
+        if part.dense:
             return None
         kh, kw = window.kernel
         rpb = like.new_zeros(1, 2 * kh - 1, 2 * kw - 1)
     table = rpb.flatten(1).to(like.dtype)
-    if not plan.dense:
+    if not part.dense:
         table = F.pad(table, (0, 1), value=float("-inf"))
-    bias = table.index_select(1, plan.pattern.flatten()).unflatten(1, plan.pattern.shape)
-    return (bias if plan.n == 1 else bias.index_select(1, plan.tile_pattern)).transpose(0, 1)
+    bias = table.index_select(1, part.pattern.flatten()).unflatten(1, part.pattern.shape)
+    return (bias if part.tile_pattern is None else bias.index_select(1, part.tile_pattern)).transpose(0, 1)
 
 
-def _repeat(bias: torch.Tensor | None, times: int) -> torch.Tensor | None:
-    return bias if bias is None or times == 1 or len(bias) == 1 else bias.repeat(times, 1, 1, 1)
-
-
-def _chunks(B: int, plan: Plan, bytes_per_token: int, limit: int) -> list[slice]:
-    step = B if plan.key is None else max(1, limit // (plan.n * plan.S * bytes_per_token))
+def _chunks(B: int, part: Part, bytes_per_token: int, limit: int) -> list[slice]:
+    step = B if part.whole else max(1, limit // (part.n * part.S * bytes_per_token))
     step = -(-B // -(-B // step)) if B else 1
     return [slice(i, min(i + step, B)) for i in range(0, B, step)]
 
+
+# ---- The op ---------------------------------------------------------------------------------------------------------
 
 def _attend(q, k, v, bias, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Dense attention on (B, heads, T, d); also its log-sum-exp (B, heads, T)."""
@@ -189,17 +270,20 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op without autograd: out like `v`, lse (B, H, W, heads)."""
     B, H, W, heads, d = q.shape
-    plan = _plan(H, W, window, q.device)
-    bias = _bias(plan, rpb, window, q)
-    q, k, v = (x.flatten(1, 2) for x in (q, k, v))
-    outs, lses = [], []
-    for part in _chunks(B, plan, 2 * heads * d * q.element_size(), FORWARD_CHUNK):
-        tiles = (_tiles(q[part], plan.query, plan), _tiles(k[part], plan.key, plan), _tiles(v[part], plan.key, plan))
-        out, lse = _attend(*(t.transpose(1, 2) for t in tiles), _repeat(bias, len(q[part])), scale)
-        outs.append(_untile(out.transpose(1, 2), plan))
-        lses.append(_untile(lse.transpose(1, 2), plan))
-    out, lse = (x[0] if len(x) == 1 else torch.cat(x) for x in (outs, lses))
-    return out.contiguous().view(B, H, W, heads, d), lse.contiguous().view(B, H, W, heads)
+    out = q.new_empty(q.shape)
+    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    for part in _plan(H, W, window, q.device):
+        bias = _bias(part, rpb, window, q)
+        for images in _chunks(B, part, 2 * heads * d * q.element_size(), FORWARD_CHUNK):
+            tiles = _cut(q[images], part), _cut(k[images], part, keys=True), _cut(v[images], part, keys=True)
+            repeats = len(q[images]) if bias is not None and len(bias) > 1 else 1
+            mask = bias if repeats == 1 else bias.repeat(repeats, 1, 1, 1)
+            o, l = _attend(*(t.transpose(1, 2) for t in tiles), mask, scale)
+            if part.whole:
+                return o.transpose(1, 2).reshape(q.shape), l.transpose(1, 2).reshape(lse.shape)
+            _paste(o.transpose(1, 2), out[images], part)
+            _paste(l.transpose(1, 2), lse[images], part)
+    return out, lse
 
 
 def exportable(
@@ -212,27 +296,26 @@ def exportable(
     return_lse: bool,
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The same as one graph of standard operators, for torch.export and ONNX; the batch may be dynamic."""
-    H, W = q.shape[1:3]
-    plan = _plan(H, W, window, q.device)
-    bias = _bias(plan, rpb, window, q)
-    # Tiles stand beside the heads here, not in the batch: the mask then broadcasts over a batch of unknown size.
-    q, k, v = (
-        _take(x.flatten(1, 2), index).unflatten(1, (plan.n, -1)).transpose(2, 3).flatten(1, 2)
-        for x, index in ((q, plan.query), (k, plan.key), (v, plan.key))
-    )
-    if bias is not None:
-        bias = bias.expand(-1, q.shape[1] // plan.n, -1, -1).flatten(0, 1)[None]
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale)
-
-    def restored(x: torch.Tensor) -> torch.Tensor:
-        x = x.unflatten(1, (plan.n, -1)).transpose(2, 3).flatten(1, 2)
-        return _take(x, plan.slot).unflatten(1, (H, W))
-
-    lse = None
-    if return_lse:
-        scores = q.float() @ k.float().transpose(-1, -2) * scale
-        lse = restored((scores if bias is None else scores + bias).logsumexp(-1))
-    return restored(out), lse
+    H, W, heads = q.shape[1:4]
+    outs, lses = [], []
+    for part in _plan(H, W, window, q.device):
+        bias = _bias(part, rpb, window, q)
+        # Tiles stand beside the heads here, not in the batch: the mask then broadcasts over a batch of unknown size.
+        qt, kt, vt = (
+            x.flatten(1, 2).index_select(1, index).unflatten(1, (part.n, -1)).transpose(2, 3).flatten(1, 2)
+            for x, index in ((q, part.query), (k, part.key), (v, part.key))
+        )
+        if bias is not None:
+            bias = bias.expand(part.n, heads, -1, -1).flatten(0, 1)[None]
+        out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=bias, scale=scale)
+        outs.append(out.unflatten(1, (part.n, -1)).transpose(2, 3).flatten(1, 2))
+        if return_lse:
+            scores = qt.float() @ kt.float().transpose(-1, -2) * scale
+            lse = (scores if bias is None else scores + bias).logsumexp(-1)
+            lses.append(lse.unflatten(1, (part.n, -1)).transpose(2, 3).flatten(1, 2))
+    slot = torch.tensor(_slots(H, W, window), device=q.device)
+    out, lse = (torch.cat(x, 1).index_select(1, slot).unflatten(1, (H, W)) if x else None for x in (outs, lses))
+    return out, lse
 
 
 def backward(
@@ -250,55 +333,63 @@ def backward(
     dk: torch.Tensor,
     dv: torch.Tensor,
 ) -> torch.Tensor | None:
-    """Writes the gradients of q, k and v into dq, dk and dv (any strides) and returns that of rpb.
+    """Writes the gradients of q, k and v into dq, dk and dv and returns that of rpb.
 
     The weights are recomputed from the log-sum-exp; dS = P * (dP - rowsum(dout * out) + dlse).
     """
     B, H, W, heads, d = q.shape
     wide = torch.promote_types(q.dtype, torch.float32)
-    plan = _plan(H, W, window, q.device)
-    bias = _bias(plan, rpb, window, lse)
-    if bias is not None:
-        bias = bias * LOG2E
     delta = (dout.to(wide) * out).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    q, k, v, dout, delta, lse2 = (x.flatten(1, 2) for x in (q, k, v, dout, delta, lse * LOG2E))
-    dbias = None if rpb is None else lse.new_zeros(heads, plan.n, plan.T * plan.S)
+    lse2 = lse * LOG2E
+    table = None if rpb is None else lse.new_zeros(heads, rpb[0].numel() + 1)  # the last column: masked pairs
+    for into in (dk, dv):
+        into.zero_()
 
-    for part in _chunks(B, plan, 2 * heads * d * q.element_size(), BACKWARD_CHUNK):
-        images = len(q[part])
-        tq, tdo, tdelta, tlse = (_tiles(x[part], plan.query, plan) for x in (q, dout, delta, lse2))
-        tk, tv = (_tiles(x[part], plan.key, plan) for x in (k, v))
-        tq, tdo, tk, tv = (x.to(wide) for x in (tq, tdo, tk, tv))
-        if plan.spare is not None:  # a repeated query must not count twice: its weights become 2 ** -inf
-            tlse = tlse.masked_fill(plan.spare.view(-1, plan.T, 1).repeat(images, 1, 1), float("inf"))
-        gq, gk, gv = torch.empty_like(tq), torch.empty_like(tk), torch.empty_like(tv)
-        for i in range(heads):  # views of one head are plain matrices with a row stride: no head-major copy
-            qi, ki, vi, doi = (x[:, :, i] for x in (tq, tk, tv, tdo))
-            minus_lse = -tlse[:, :, i, None]
-            if bias is None:
-                p = torch.baddbmm(minus_lse, qi, ki.transpose(1, 2), alpha=scale * LOG2E)
+    for part in _plan(H, W, window, q.device):
+        bias = _bias(part, rpb, window, lse)
+        bias = None if bias is None else bias * LOG2E
+        dbias = None if rpb is None else lse.new_zeros(heads, part.n, part.T * part.S)
+        for images in _chunks(B, part, 2 * heads * d * q.element_size(), BACKWARD_CHUNK):
+            size = len(q[images])
+            tq, tdo, tdelta, tlse = (_cut(x[images], part) for x in (q, dout, delta, lse2))
+            tk, tv = (_cut(x[images], part, keys=True) for x in (k, v))
+            tq, tdo, tk, tv = (x.to(wide) for x in (tq, tdo, tk, tv))
+            if part.spare is not None:  # a query must not count twice: its weights become 2 ** -inf
+                tlse = tlse.masked_fill(part.spare.repeat(size, 1)[..., None], float("inf"))
+            gq, gk, gv = torch.empty_like(tq), torch.empty_like(tk), torch.empty_like(tv)
+            for i in range(heads):  # views of one head are plain matrices with a row stride: no head-major copy
+                qi, ki, vi, doi = (x[:, :, i] for x in (tq, tk, tv, tdo))
+                minus_lse = -tlse[:, :, i, None]
+                if bias is None:
+                    p = torch.baddbmm(minus_lse, qi, ki.transpose(1, 2), alpha=scale * LOG2E)
+                else:
+                    start = bias[:, i if bias.shape[1] > 1 else 0] + minus_lse.unflatten(0, (size, part.n))
+                    p = start.flatten(0, 1).baddbmm_(qi, ki.transpose(1, 2), alpha=scale * LOG2E)
+                p = p.exp2_()  # not exp: that of -inf is several times slower on a CPU
+                gv[:, :, i] = torch.bmm(p.transpose(1, 2), doi)
+                ds = torch.bmm(doi, vi.transpose(1, 2)).sub_(tdelta[:, :, i, None]).mul_(p)
+                gq[:, :, i] = torch.bmm(ds, ki)
+                gk[:, :, i] = torch.bmm(ds.transpose(1, 2), qi)
+                if dbias is not None:
+                    dbias[i] += ds.view(size, part.n, -1).sum(0)
+            if part.whole:
+                dq.copy_(gq.mul_(scale).view_as(dq)), dk.copy_(gk.mul_(scale).view_as(dk)), dv.copy_(gv.view_as(dv))
+                continue
+            _paste(gq.mul_(scale), dq[images], part)
+            for g, into in ((gk.mul_(scale), dk), (gv, dv)):
+                into = into[images].view(size, H * W, heads, d)
+                total = into if into.dtype == wide else g.new_zeros(into.shape)
+                total.index_add_(1, part.key, g.view(size, -1, heads, d))
+                if total is not into:  # parts meet in no position: this adds to zeros
+                    into.add_(total)
+
+        if dbias is not None:
+            if part.tile_pattern is None:
+                by_pattern = dbias.sum(1)
             else:
-                start = bias[:, i if bias.shape[1] > 1 else 0] + minus_lse.unflatten(0, (images, plan.n))
-                p = start.flatten(0, 1).baddbmm_(qi, ki.transpose(1, 2), alpha=scale * LOG2E)
-            p = p.exp2_()  # not exp: that of -inf is several times slower on a CPU
-            gv[:, :, i] = torch.bmm(p.transpose(1, 2), doi)
-            ds = torch.bmm(doi, vi.transpose(1, 2)).sub_(tdelta[:, :, i, None]).mul_(p)
-            gq[:, :, i] = torch.bmm(ds, ki)
-            gk[:, :, i] = torch.bmm(ds.transpose(1, 2), qi)
-            if dbias is not None:
-                dbias[i] += ds.view(images, plan.n, -1).sum(0)
-        dq[part] = _untile(gq.mul_(scale), plan).view(images, H, W, heads, d)
-        for g, into in ((gk.mul_(scale), dk), (gv, dv)):
-            g = g.unflatten(0, (images, plan.n)).flatten(1, 2)
-            if plan.key is not None:
-                g = g.new_zeros(images, H * W, heads, d).index_add_(1, plan.key, g)
-            into[part] = g.view(images, H, W, heads, d)
-
-    if dbias is None:
-        return None
-    by_pattern = dbias.new_zeros(heads, *plan.pattern.shape).flatten(2).index_add_(1, plan.tile_pattern, dbias)
-    table = dbias.new_zeros(heads, rpb[0].numel() + 1)
-    table.scatter_add_(1, plan.pattern.flatten().expand(heads, -1), by_pattern.flatten(1))
-    return table[:, :-1].view_as(rpb)
+                patterns = len(part.pattern)
+                by_pattern = dbias.new_zeros(heads, patterns, part.T * part.S).index_add_(1, part.tile_pattern, dbias)
+            table.scatter_add_(1, part.pattern.flatten().expand(heads, -1), by_pattern.flatten(1))
+    return None if rpb is None else table[:, :-1].reshape(rpb.shape)

@@ -4,7 +4,7 @@ An op folder takes part by a module `report` with a function `cases()`, which li
 """
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import pkgutil
 import re
 import subprocess

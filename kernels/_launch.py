@@ -1,6 +1,7 @@
 """One launch of a Triton kernel as data: run it on tensors, or compile it ahead of time from meta tensors (`_aot`)."""
 from __future__ import annotations
 
+import functools
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -32,8 +33,14 @@ class Launch(NamedTuple):
         if interpreted():
             self.kernel[(self.programs,)](**self.arguments)
             return
-        from triton.runtime import driver
-
         tensor = next(x for x in self.arguments.values() if isinstance(x, torch.Tensor))
         with torch.cuda.device_of(tensor):
-            self.kernel[(self.programs,)](**self.arguments, **self.options(driver.active.get_current_target()))
+            self.kernel[(self.programs,)](**self.arguments, **self.options(_target(tensor.device)))
+
+
+@functools.cache
+def _target(device: torch.device) -> GPUTarget:
+    """Of `device`, which is the current one."""
+    from triton.runtime import driver
+
+    return driver.active.get_current_target()

@@ -6,10 +6,15 @@ Ends with status 1 if a kernel fails to compile or spills registers.
 """
 from __future__ import annotations
 
-import argparse
-import json
 import sys
 from pathlib import Path
+
+# The profile.py in this folder would shadow the standard library's `profile`, which cProfile, and so torch, imports.
+if (here := str(Path(__file__).resolve().parent)) in sys.path:
+    sys.path.remove(here)
+
+import argparse
+import json
 
 from rich import box
 from rich.console import Console

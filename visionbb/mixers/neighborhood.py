@@ -59,6 +59,9 @@ class NeighborhoodAttention(nn.Module):
         super().__init__()
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
+        for name, value in (("kernel_size", kernel_size), ("dilation", dilation), ("stride", stride)):
+            if min(_pair(value)) < 1:
+                raise ValueError(f"{name} must be at least 1, got {value!r}")
         if pad_mode not in PAD_MODES:
             raise ValueError(f"pad_mode must be one of {', '.join(PAD_MODES)}, got {pad_mode!r}")
         dd = {"device": device, "dtype": dtype}

@@ -164,6 +164,9 @@ class NAT(Pyramid):
             raise ValueError(
                 f"num_heads and dilations must have one entry a stage ({len(depths)}), got {num_heads} and {dilations}"
             )
+        for stage, of_stage in enumerate(dilations):
+            if not isinstance(of_stage, Sequence) or not of_stage:
+                raise ValueError(f"dilations[{stage}] must be a list of dilations, got {of_stage!r}")
 
         def block(stage: int, index: int, dim: int, drop_path: float) -> Block:
             mixer = NeighborhoodAttention(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 
@@ -42,8 +43,14 @@ def use(backend: str):
 
 @functools.cache
 def has_triton() -> bool:
-    """Whether Triton can be imported here; it is not imported by asking."""
-    return importlib.util.find_spec("triton") is not None
+    """Whether a Triton that can compile the kernels (3.4 or newer) is installed; it is not imported by asking."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:  # builds for ROCm bear other names
+        return True
+    return tuple(map(int, version.split(".")[:2])) >= (3, 4)
 
 
 def interpreted() -> bool:
@@ -77,7 +84,7 @@ def resolve(x: torch.Tensor, triton_refuses: str | None) -> str:
         return "portable"
     if choice == "triton":
         if not has_triton():
-            raise RuntimeError("backend 'triton' was asked for, but triton is not installed")
+            raise RuntimeError("backend 'triton' was asked for, but triton 3.4 or newer is not installed")
         if not (x.is_cuda or interpreted()):
             raise RuntimeError(
                 f"backend 'triton' was asked for, but its kernels need a GPU tensor and got one on {x.device}"

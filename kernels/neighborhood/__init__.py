@@ -213,7 +213,7 @@ def _window(kernel, dilation, stride, causal, disc, clip) -> Window:
 
 
 def _path(q, k, v, rpb, window):
-    refusal = refuses(q, k, v, rpb, window) if has_triton() else "triton is not installed"
+    refusal = refuses(q, k, v, rpb, window) if has_triton() else "triton is missing"
     if resolve(q, refusal) == "triton":
         from . import triton  # compiles kernels: only where they run
 

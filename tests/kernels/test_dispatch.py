@@ -31,6 +31,13 @@ def test_choice_is_restored_after_an_error_and_reaches_other_threads():
     assert not _dispatch.reference_chosen()
 
 
+@pytest.mark.parametrize(("version", "serves"), [("3.2.0", False), ("3.4.0", True), ("3.10.1+git", True)])
+def test_old_triton_is_none(monkeypatch, version, serves):
+    monkeypatch.setattr(_dispatch.importlib.metadata, "version", lambda name: version)
+    monkeypatch.setattr(_dispatch.importlib.util, "find_spec", lambda name: object())
+    assert _dispatch.has_triton.__wrapped__() == serves
+
+
 def test_without_triton_the_portable_path_serves(monkeypatch):
     monkeypatch.setattr(_dispatch, "has_triton", lambda: False)
     assert _dispatch.resolve(torch.zeros(1), None) == "portable"

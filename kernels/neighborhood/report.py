@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from .._aot import TYPES, Case
+from .._launch import Launch
 from .tiling import Tiling
 from .triton import forward_launch, key_gradient_launch, padded, query_gradient_launch
 from .window import Window
@@ -43,7 +44,7 @@ MAPS = (
 )
 
 
-def launches(side: int, kernel: int, dilation: int, dtype: torch.dtype) -> Iterator[tuple[str, torch.Tensor]]:
+def launches(side: int, kernel: int, dilation: int, dtype: torch.dtype) -> Iterator[tuple[Launch, float]]:
     """The launches of forward and backward on a packed qkv tensor, with a bias in float32, each with its work."""
     window = Window((kernel, kernel), (dilation, dilation))
     scale = HEAD_DIM**-0.5

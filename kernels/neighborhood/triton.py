@@ -27,7 +27,7 @@ LOWEST = tl.constexpr(-1e30)  # where a running maximum starts: finite, so that 
 
 # Sizes that no binary depends on: one serves all resolutions. (Dilations do count: 1 saves divisions.)
 SIZES = ["H", "W", "heads", "tiles_h", "tiles_w", "images", "tiles_per_program"]
-STRIDED = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")
+STRIDED = ("q", "k", "v", "out", "dout", "dq", "dk", "dv")  # (B, H, W, heads, head_dim), where they lie
 PARTIAL_PROGRAMS = 4096  # that share the gradient of the bias: enough for any GPU, few enough to add up afterwards
 
 
@@ -348,10 +348,7 @@ def key_gradient_kernel(
 # ---- Launches -------------------------------------------------------------------------------------------------------
 
 def _launch(kernel: triton.JITFunction, tiling: Tiling, window: Window, scale: float, **arguments) -> Launch:
-    """A launch for every tile of every head and image; adds what the arguments of all kernels share.
-
-    Tensors that are read and written by their strides, among the arguments those in STRIDED, bring them along.
-    """
+    """One program a tile, head and image; adds to `arguments` what all kernels share, and the strides of STRIDED."""
     q = arguments["q"]
     B, H, W, heads, head_dim = q.shape
     (tile_h, tile_w), (rows, cols), (dilation_h, dilation_w) = *tiling, window.dilation
@@ -390,8 +387,8 @@ def query_gradient_launch(
         SLOTS=max(16, triton.next_power_of_2(2 * window.kernel[0] - 1)),
     )
     images, tiles_h, tiles_w, heads = q.shape[0], launch.arguments["tiles_h"], launch.arguments["tiles_w"], q.shape[3]
-    # A program may take all tiles of its column.
-    merge = 1 if biases is None else min(triton.cdiv(launch.programs, PARTIAL_PROGRAMS), images * tiles_h)
+    # At most, a program takes all tiles of its column.
+    merge = 1 if biases is None else max(1, min(triton.cdiv(launch.programs, PARTIAL_PROGRAMS), images * tiles_h))
     shares, drpb = triton.cdiv(images * tiles_h, merge) * tiles_w, None
     if biases is not None:
         drpb = biases.new_empty(shares, heads, 2 * window.kernel[0] - 1, 2 * window.kernel[1] - 1)

@@ -146,6 +146,16 @@ def test_channels_that_are_not_contiguous_are_copied():
     torch.testing.assert_close(out, reference.na2d(q, k, v, None, window, 1.0)[0])
 
 
+@runs_kernels
+def test_empty_batch():
+    q = torch.randn(0, 5, 5, 2, 8, device=DEVICE)
+    rpb, window = torch.randn(2, 5, 5, device=DEVICE), Window((3, 3))
+    out, lse = kernels.forward(q, q, q, rpb, window, 1.0)
+    assert out.shape == q.shape
+    drpb = kernels.backward(out, lse, q, q, q, rpb, out, lse, window, 1.0, *(torch.empty_like(q) for _ in range(3)))
+    assert torch.equal(drpb, torch.zeros_like(rpb))
+
+
 @st.composite
 def geometries(draw):
     pair = lambda strategy: tuple(draw(strategy) for _ in range(2))  # noqa: E731

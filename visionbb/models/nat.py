@@ -233,8 +233,8 @@ VARIANTS = {
     "dinat_s_small": _patch(96, (2, 2, 18, 2), 0.3),
     "dinat_s_base": _patch(128, (2, 2, 18, 2), 0.5),
     "dinat_s_large": _patch(192, (2, 2, 18, 2), 0.35),
-    # For the digits demo: 32x32 grey images, maps of 8, 4 and 2 tokens a side.
-    "nat_digits": dict(embed_dim=32, depths=(2, 2, 1), num_heads=(1, 2, 4), kernel_size=3, mlp_ratio=2.0),
+    # For the digits demo: images of 32x32, maps of 8, 4, 2 and 1 tokens a side.
+    "nat_digits": dict(embed_dim=32, depths=(1, 2, 2, 1), num_heads=(1, 2, 4, 8), kernel_size=3, mlp_ratio=2.0),
 }
 
 # Arguments that go with a pretrained tag rather than with the architecture.
@@ -284,7 +284,7 @@ default_cfgs = generate_default_cfgs({
     "dinat_s_large.in22k_in1k_384": dinat_cfg("imagenet1k/dinat_s_large_in1k_384", **_PATCH, **_384),
     "dinat_s_large.in22k": dinat_cfg("imagenet22k/dinat_s_large_in22k_224", **_PATCH, **_22K),
     "nat_digits.untrained": cfg(
-        "", "2204.07143", num_classes=10, input_size=(3, 32, 32), pool_size=(2, 2), crop_pct=1.0,
+        "", "2204.07143", num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0,
         mean=(0.5,) * 3, std=(0.5,) * 3,
     ),
 })

@@ -12,7 +12,9 @@ import pytest
 import timm_suite
 from own_models import OWN
 
-SMALL = ["nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small", "nat_digits"]
+SMALL = [
+    "nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small", "nat_digits", "ravlt_tiny", "nalaformer_xtiny",
+]
 CHOICE = os.environ.get("VISIONBB_CONTRACT", "").split()
 NAMES = sorted(OWN) if CHOICE == ["all"] else CHOICE or SMALL
 

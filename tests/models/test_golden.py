@@ -11,6 +11,8 @@ import visionbb  # noqa: F401  (registers the models)
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
+_RAVLT = dict(dims=(8, 16, 16, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), mlp_ratio=2.0, head_hidden=24)
+
 # recording -> (our model, the recorded network's arguments in our words)
 CASES = {
     "nat": ("nat_tiny", dict(embed_dim=8, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), kernel_size=3, mlp_ratio=2.0,
@@ -21,6 +23,9 @@ CASES = {
                                      mlp_ratio=2.0, dilations=((2,), (1, 3), (2,), (1,)))),
     "nat_isotropic": ("dinat_isotropic_small", dict(embed_dim=16, depth=3, num_heads=2, kernel_size=3, mlp_ratio=2.0)),
     "vitrpb": ("vitrpb_small", dict(embed_dim=16, depth=3, num_heads=2, map_size=4, mlp_ratio=2.0)),
+    "ravlt": ("ravlt_tiny", _RAVLT),
+    "mavit": ("mavit_tiny", _RAVLT),
+    "nalaformer": ("nalaformer_tiny", _RAVLT),
 }
 
 

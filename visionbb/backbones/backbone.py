@@ -137,8 +137,9 @@ class Backbone(nn.Module):
         if prune_norm or (cut and not self._norm_fits(last)):
             self.norm = nn.Identity()
         self.num_features = self.feature_info[last]["num_chs"]
-        if prune_head or cut:
-            self.reset_classifier(0, "")
+        if prune_head or cut:  # a head of a family's own goes as a whole, layers before its pooling too
+            self.head = ClassifierHead(self.num_features, 0, "", input_fmt="NHWC", **get_device_dtype(self))
+            self.num_classes, self.head_hidden_size = 0, self.num_features
         return take
 
     def _norm_fits(self, index: int) -> bool:

@@ -3,12 +3,60 @@
 from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath, LayerNorm, LayerScale, Mlp
+from timm.layers import DropPath, LayerNorm, Mlp
 from torch import nn
+
+from ..mixers.conv import DepthwiseConv
+
+
+class ConvMlp(nn.Module):
+    """fc2(u + conv(u)) with u = act(fc1(x)) and a depthwise convolution, on (B, H, W, dim)."""
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        kernel_size: int = 3,
+        act_layer: type[nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.conv = DepthwiseConv(hidden, kernel_size, residual=True, **dd)
+        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.drop2 = nn.Dropout(drop)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.conv(self.drop1(self.act(self.fc1(x))))
+        return self.drop2(self.fc2(x))
+
+
+class Residual(nn.Module):
+    """x + gamma * y in one pass over the map, gamma (dim,) starting at `layer_scale`; x + y where that is None."""
+
+    def __init__(self, dim: int, layer_scale: float | None = None, device=None, dtype=None):
+        super().__init__()
+        self.layer_scale = layer_scale
+        self.gamma = None
+        if layer_scale is not None:
+            self.gamma = nn.Parameter(torch.empty(dim, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if self.gamma is not None:
+            nn.init.constant_(self.gamma, self.layer_scale)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return x + y if self.gamma is None else torch.addcmul(x, y, self.gamma)
 
 
 class Block(nn.Module):
-    """x + drop_path(ls1(mixer(norm1(x)))), then the same with an MLP, on (B, H, W, dim).
+    """x + gamma * drop_path(mixer(norm1(x))), then the same with an MLP, on (B, H, W, dim).
 
     Args:
         mixer: token mixer, (B, H, W, dim) -> (B, H, W, dim).
@@ -16,6 +64,9 @@ class Block(nn.Module):
         layer_scale: initial value of the residual branches' per-channel gains (CaiT, equation 4); None for no gains.
         drop_path: probability of dropping a residual branch, per sample.
         proj_drop: dropout after both linear layers of the MLP.
+        cpe1, cpe2: kernel sizes of convolutional position encodings x + depthwise(x) (CPVT, arXiv 2102.10882) before
+            the mixer's branch and before the MLP's; 0 for none.
+        mlp_conv: kernel size of a depthwise convolution with residual inside the MLP; 0 for none.
     """
 
     def __init__(
@@ -28,24 +79,35 @@ class Block(nn.Module):
         proj_drop: float = 0.0,
         norm_layer: Callable[..., nn.Module] = LayerNorm,
         act_layer: type[nn.Module] = nn.GELU,
+        cpe1: int = 0,
+        cpe2: int = 0,
+        mlp_conv: int = 0,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
 
-        def gain() -> nn.Module:
-            return nn.Identity() if layer_scale is None else LayerScale(dim, layer_scale, **dd)
+        def position(kernel_size: int) -> nn.Module:
+            return DepthwiseConv(dim, kernel_size, residual=True, **dd) if kernel_size else nn.Identity()
 
+        self.cpe1 = position(cpe1)
         self.norm1 = norm_layer(dim, **dd)
         self.mixer = mixer
-        self.ls1 = gain()
         self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.ls1 = Residual(dim, layer_scale, **dd)
+        self.cpe2 = position(cpe2)
         self.norm2 = norm_layer(dim, **dd)
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, **dd)
-        self.ls2 = gain()
+        hidden = int(dim * mlp_ratio)
+        if mlp_conv:
+            self.mlp = ConvMlp(dim, hidden, mlp_conv, act_layer, proj_drop, **dd)
+        else:
+            self.mlp = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+        self.ls2 = Residual(dim, layer_scale, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x + self.drop_path1(self.ls1(self.mixer(self.norm1(x))))
-        return x + self.drop_path2(self.ls2(self.mlp(self.norm2(x))))
+        x = self.cpe1(x)
+        x = self.ls1(x, self.drop_path1(self.mixer(self.norm1(x))))
+        x = self.cpe2(x)
+        return self.ls2(x, self.drop_path2(self.mlp(self.norm2(x))))

@@ -24,7 +24,7 @@ from .._dispatch import exporting
 from .window import Window, axis_range
 
 # Gathered keys and values of one chunk of images, in bytes. The backward calls more operators a chunk.
-FORWARD_CHUNK, BACKWARD_CHUNK = 2 << 20, 4 << 20
+FORWARD_CHUNK, BACKWARD_CHUNK = 1 << 20, 4 << 20
 TILE_SIDES = range(4, 17)
 LOG2E = math.log2(math.e)
 

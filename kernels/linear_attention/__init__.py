@@ -10,6 +10,7 @@ import torch
 
 from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
+from .._inputs import floating
 from ..rotary import Rotary
 from . import portable, reference
 from .form import FEATURE_MAPS, NORMALIZERS, Form
@@ -68,8 +69,8 @@ def linear_attention(
         ValueError: a shape, name or value that does not fit; the message names it.
     """
     raw = feature_map != "identity"
-    q, k, v = _floating(q, "q", raw), _floating(k, "k", raw), _floating(v, "v")
-    local, gate = (x if x is None else _floating(x, name) for x, name in ((local, "local"), (gate, "gate")))
+    q, k, v = floating(q, "q", autocast=raw), floating(k, "k", autocast=raw), floating(v, "v")
+    local, gate = (x if x is None else floating(x, name) for x, name in ((local, "local"), (gate, "gate")))
     _check(q, k, v, key_weight, local, gate, rotary)
     if feature_map not in FEATURE_MAPS:
         raise ValueError(f"feature_map must be one of {', '.join(FEATURE_MAPS)}, got {feature_map!r}")
@@ -84,15 +85,6 @@ def linear_attention(
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------
-
-def _floating(x: torch.Tensor, name: str, autocast: bool = True) -> torch.Tensor:
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    device = x.device.type
-    if autocast and x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
 
 def _check(q, k, v, key_weight, local, gate, rotary: Rotary | None) -> None:
     if q.ndim != 5:

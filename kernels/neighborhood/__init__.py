@@ -12,6 +12,7 @@ import torch
 
 from .._dispatch import exporting, has_triton, reference_chosen, resolve
 from .._flops import register_flops
+from .._inputs import floating
 from . import portable, reference
 from .limits import refuses
 from .window import Window, attended_pairs
@@ -49,7 +50,8 @@ def na2d(
         dilation: distance between the keys of a window, int or pair.
         stride: queries that share a window, int or pair, at most `kernel_size`.
         rpb: relative position bias (heads, 2*kh - 1, 2*kw - 1) added to the scaled scores at index
-            key - query + kernel - 1, counted in steps of the dilation; q's dtype or float32. Not with `causal`.
+            key - query + kernel - 1, counted in steps of the dilation; q's dtype or float32, which it keeps under
+            autocast. Not with `causal`.
         scale: of the scores; default head_dim ** -0.5.
         causal: per axis; queries see no key after themselves, and fewer than `kernel_size` near the start.
         window: "square", or CLEAR's "disc": keys with dy^2 + dx^2 < r^2 where kernel_size = 2r - 1, cut off (not
@@ -64,7 +66,7 @@ def na2d(
         TypeError: dtypes differ or are not floating point, or an argument is of the wrong type.
         ValueError: a shape or value that does not fit; the message names it.
     """
-    q, k, v = (_autocast(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
+    q, k, v = (floating(x, name) for x, name in ((q, "q"), (k, "k"), (v, "v")))
     for name, x in (("k", k), ("v", v)):
         if x.shape != q.shape:
             raise ValueError(f"{name} must have q's shape {tuple(q.shape)}, got {tuple(x.shape)}")
@@ -100,7 +102,7 @@ def na2d_qkvpacked(
         qkv: (B, H, W, 3, heads, head_dim).
         The rest, the result and the errors are `na2d`'s.
     """
-    qkv = _autocast(qkv, "qkv")
+    qkv = floating(qkv, "qkv")
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be (B, H, W, 3, heads, head_dim), got shape {tuple(qkv.shape)}")
     q, k, v = qkv.unbind(3)
@@ -142,16 +144,6 @@ def merge_attentions(
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------
-
-def _autocast(x: torch.Tensor, name: str) -> torch.Tensor:
-    """Under autocast the op runs in the autocast dtype, as matrix products do; `rpb` keeps its own, usually float32."""
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    device = x.device.type
-    if x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
-    return x
-
 
 def _pair(value, name: str, kind: type = int) -> tuple:
     pair = (value, value) if isinstance(value, kind) else tuple(value) if isinstance(value, Sequence) else ()

@@ -9,6 +9,7 @@ import torch
 
 from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
+from .._inputs import floating
 from . import portable, reference
 from .table import Rotary
 
@@ -30,8 +31,7 @@ def rotary2d(x: torch.Tensor, rotary: Rotary, inverse: bool = False) -> torch.Te
         TypeError: x is not floating point.
         ValueError: a shape or value that does not fit; the message names it.
     """
-    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    x = floating(x, "x", autocast=False)
     if x.ndim != 5:
         raise ValueError(f"x must be (B, H, W, heads, head_dim), got shape {tuple(x.shape)}")
     rotary.check(x.shape[3] * x.shape[4])

@@ -1,0 +1,20 @@
+"""The check that every op makes of its tensors first."""
+from __future__ import annotations
+
+import torch
+
+
+def floating(x: torch.Tensor, name: str, *, autocast: bool = True) -> torch.Tensor:
+    """x, which must be a floating-point tensor; by default in the autocast dtype where autocast is on.
+
+    An op runs in the autocast dtype as matrix products do; float64 stays what it is.
+
+    Raises:
+        TypeError: x is no floating-point tensor; the message names it.
+    """
+    if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+    device = x.device.type
+    if autocast and x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
+        return x.to(torch.get_autocast_dtype(device))
+    return x

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import exporting, has_triton, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from ..rotary import Rotary
 from . import portable, reference
 from .form import FEATURE_MAPS, NORMALIZERS, Form
-from .portable import State
+from .limits import refuses
+from .state import empty_state
 
 __all__ = ["linear_attention"]
 
@@ -128,30 +129,35 @@ def _form(feature_map, normalizer, scale, eps, span, ratio) -> Form:
     return Form(feature_map, normalizer, scale, eps, Rotary(span, ratio) if span else None)
 
 
+def _path(q, v, form: Form):
+    refusal = refuses(q, v, form) if has_triton() else "triton is missing"
+    if resolve(q, refusal) == "triton":
+        from . import triton  # compiles kernels: only where they run
+
+        return triton
+    return portable
+
+
 @torch.library.custom_op(
-    "visionbb::linear_attention", mutates_args=(),
-    schema=f"({_TENSORS}, {_FORM}) -> (Tensor out, Tensor kv, Tensor key, Tensor value)",
+    "visionbb::linear_attention", mutates_args=(), schema=f"({_TENSORS}, {_FORM}) -> (Tensor out, Tensor state)"
 )
 def _op(*args):
     tensors, form = args[:_INPUTS], _form(*args[_INPUTS:])
-    resolve(tensors[0], "linear_attention has no kernels of its own")
-    out, state = portable.forward(*tensors, form)
-    return out, *state
+    return _path(tensors[0], tensors[2], form).forward(*tensors, form)
 
 
 @_op.register_fake
 def _(q, k, v, key_weight, local, gate, *form):
-    return v.new_empty(v.shape), *portable.empty_state(q, v, _form(*form))
+    return v.new_empty(v.shape), empty_state(q, v, _form(*form))
 
 
 @torch.library.custom_op(
     "visionbb::linear_attention_backward", mutates_args=(),
-    schema=f"(Tensor dout, {_TENSORS}, Tensor kv, Tensor key, Tensor value, {_FORM})"
-    f" -> ({', '.join(['Tensor'] * _INPUTS)})",
+    schema=f"(Tensor dout, {_TENSORS}, Tensor state, {_FORM}) -> ({', '.join(['Tensor'] * _INPUTS)})",
 )
 def _backward_op(dout, *args):
-    tensors, state, form = args[:_INPUTS], State(*args[_INPUTS : _INPUTS + 3]), _form(*args[_INPUTS + 3 :])
-    grads = portable.backward(dout, *tensors, state, form)
+    tensors, state, form = args[:_INPUTS], args[_INPUTS], _form(*args[_INPUTS + 1 :])
+    grads = _path(tensors[0], tensors[2], form).backward(dout, *tensors, state, form)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
 
 
@@ -161,16 +167,19 @@ def _(dout, *args):
 
 
 def _setup_context(ctx, inputs, output):
-    ctx.save_for_backward(*inputs[:_INPUTS], *output[1:])
-    ctx.form = inputs[_INPUTS:]
-    ctx.mark_non_differentiable(*output[1:])
+    *tensors, local, gate = inputs[:_INPUTS]
+    ctx.has_local, ctx.form = local is not None, inputs[_INPUTS:]
+    ctx.save_for_backward(*tensors, None if gate is None else local, gate, output[1])
+    ctx.mark_non_differentiable(output[1])
 
 
-def _backward(ctx, dout, *_):
+def _backward(ctx, dout, _):
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes them when read
     grads = _backward_op(dout, *saved, *ctx.form)
-    grads = (None if x is None else grad for x, grad in zip(saved, grads, strict=False))
-    return *grads, *(None for _ in ctx.form)
+    *grads, dlocal, dgate = (None if x is None else grad for x, grad in zip(saved, grads, strict=False))
+    if ctx.has_local and dgate is None:  # a plain sum: its gradient passes through, and its value is not kept
+        dlocal = dout
+    return *grads, dlocal, dgate, *(None for _ in ctx.form)
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,35 +1,22 @@
 """Linear attention in plain PyTorch: the keys and values first, then the queries, one image at a time.
 
-An image's tokens stay in cache through the dozen operators that touch them; peak extra memory does not grow with the
-batch. All arithmetic is in float32 at least.
+A run of tokens at once, which stays in cache through the dozen operators that touch it; peak extra memory of a forward
+does not grow with the batch, nor, the rotary table aside, with the map. Images of few tokens go together, the heads of
+one beside those of the next, for there it is the operators' number that counts. All arithmetic is in float32 at least.
 """
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
 
 import torch
 
 from ..rotary.portable import table, turned
 from ..rotary.reference import rotary2d
 from .form import Form, features
+from .state import State, empty_state
 
 LOG2E = math.log2(math.e)
-
-
-class State(NamedTuple):
-    """What the queries need to know of all keys and values, in float32 at least."""
-
-    kv: torch.Tensor  # (B, heads, d, dv): sum of w rope(phi(k)) v^T
-    key: torch.Tensor  # (B, heads, d): sum of w phi(k)
-    value: torch.Tensor  # (B, heads, dv): mean of v; (B, heads, 0) unless the normalizer is additive
-
-
-def empty_state(q: torch.Tensor, v: torch.Tensor, form: Form) -> State:
-    B, heads, d, dv = q.shape[0], *q.shape[3:], v.shape[-1]
-    wide = torch.promote_types(q.dtype, torch.float32)
-    shapes = (d, dv), (d,), (dv if form.normalizer == "additive" else 0,)
-    return State(*(q.new_empty(B, heads, *shape, dtype=wide) for shape in shapes))
+CACHED = 2**18  # numbers of a map that are worked on at once
 
 
 def _features(x: torch.Tensor, name: str, wide: torch.dtype) -> torch.Tensor:
@@ -78,6 +65,33 @@ def _flat(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [x if x is None else x.flatten(1, 2) for x in tensors]
 
 
+def _together(q: torch.Tensor, v: torch.Tensor) -> int:
+    """How many images go at once: a divisor of the batch, as many as stay in cache."""
+    B, H, W, heads, d = q.shape
+    most = max(1, CACHED // (H * W * heads * max(d, v.shape[-1])))
+    return next(count for count in range(min(B, most), 0, -1) if B % count == 0) if B else 1
+
+
+def _joined(images: int, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
+    """(B, H, W, heads, ...) to (B / images, H * W, images * heads, ...); a view of one image."""
+    flat = _flat(*tensors)
+    if images == 1:
+        return flat
+    return [x if x is None else x.unflatten(0, (-1, images)).transpose(1, 2).flatten(2, 3) for x in flat]
+
+
+def _apart(x: torch.Tensor, images: int, shape: torch.Size) -> torch.Tensor:
+    """What `_joined` made of a tensor, in its own shape again, contiguous."""
+    return x.view(shape) if images == 1 else x.unflatten(2, (images, -1)).transpose(1, 2).contiguous().view(shape)
+
+
+def _parts(tokens: int, channels: int) -> list[slice]:
+    """Equal runs of tokens, each of which stays in cache: a larger map must not cost more than its share."""
+    count = max(1, round(tokens * channels / CACHED))
+    size = -(-tokens // count)
+    return [slice(start, start + size) for start in range(0, tokens, size)]
+
+
 def forward(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -86,33 +100,41 @@ def forward(
     local: torch.Tensor | None,
     gate: torch.Tensor | None,
     form: Form,
-) -> tuple[torch.Tensor, State]:
-    """The op without autograd: out like v but contiguous, and the state."""
-    out, state = v.new_empty(v.shape), empty_state(q, v, form)
-    wide, turns, N = state.kv.dtype, _turns(q, form), q.shape[1] * q.shape[2]
-    q, k, v, key_weight, local, gate, flat_out = _flat(q, k, v, key_weight, local, gate, out)
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The op without autograd: out like v but contiguous, and the packed state."""
+    shape, images, packed = v.shape, _together(q, v), empty_state(q, v, form)
+    wide, turns, N = packed.dtype, _turns(q, form), q.shape[1] * q.shape[2]
+    q, k, v, key_weight, local, gate = _joined(images, q, k, v, key_weight, local, gate)
+    state = State.of(packed.view(len(q), q.shape[2], -1), q.shape[-1], v.shape[-1])
+    out = v.new_empty(v.shape)
+    parts = _parts(N, q.shape[2] * max(q.shape[3], v.shape[3]))
+    parts = [(part, None if turns is None else turns[part]) for part in parts]
+    mean = 1 / N if key_weight is None else 1.0
+    packed.zero_()
     for i in range(len(q)):
-        phi, values = _features(k[i], form.feature_map, wide), v[i].to(wide)
-        if key_weight is not None:
-            phi = phi * key_weight[i, ..., None]
-        mean = 1 / N if key_weight is None else 1.0
-        state.key[i] = phi.sum(0).mul_(mean)
-        state.kv[i] = torch.bmm(_turned(phi, turns).permute(1, 2, 0), _heads(values)).mul_(mean)
-        if form.normalizer == "additive":
-            state.value[i] = values.mean(0)
-        y = _normalized(*_queries(q[i], state, i, turns, form), state.value[i], N, form).transpose(0, 1)
-        if local is not None:
-            y = y + local[i]
-        if gate is not None:
-            y = y * gate[i]
-        flat_out[i] = y
-    return out, state
+        for part, turn in parts:
+            phi, values = _features(k[i, part], form.feature_map, wide), v[i, part].to(wide)
+            if key_weight is not None:
+                phi = phi * key_weight[i, part, :, None]
+            state.key[i].add_(phi.sum(0), alpha=mean)
+            state.kv[i].add_(torch.bmm(_turned(phi, turn).permute(1, 2, 0), _heads(values)), alpha=mean)
+            if form.normalizer == "additive":
+                state.value[i].add_(values.sum(0), alpha=1 / N)
+        for part, turn in parts:
+            y = _normalized(*_queries(q[i, part], state, i, turn, form), state.value[i], N, form).transpose(0, 1)
+            if local is not None:
+                y.add_(local[i, part])
+            if gate is not None:
+                y.mul_(gate[i, part])
+            out[i, part] = y
+    return _apart(out, images, shape), packed
 
 
 def _queries(q, state: State, i: int, turns, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator (heads, N, dv) and denominator (heads, N, 1) of an image."""
     phi = _features(q, form.feature_map, state.kv.dtype)
-    total = torch.bmm(_heads(phi), state.key[i, ..., None] * form.scale)
+    # Rows times matrix: of the two orders, a CPU is several times faster at this one.
+    total = torch.bmm(state.key[i, :, None] * form.scale, phi.permute(1, 2, 0)).transpose(1, 2)
     return torch.bmm(_heads(_turned(phi, turns)), state.kv[i] * form.scale), total
 
 
@@ -131,7 +153,7 @@ def backward(
     key_weight: torch.Tensor | None,
     local: torch.Tensor | None,
     gate: torch.Tensor | None,
-    state: State,
+    packed: torch.Tensor,
     form: Form,
 ) -> list[torch.Tensor | None]:
     """The gradients of q, k, v, key_weight, local and gate, contiguous; None where the input is.
@@ -139,12 +161,13 @@ def backward(
     With `num` and `total` of a query, y = num * factor (- total * mean v): the queries' gradients and those of the
     state come first, the latter by the same reduction as the state itself; then those of keys and values.
     """
-    inputs = (q, k, v, key_weight, local, gate)
-    grads = [x if x is None else x.new_empty(x.shape) for x in inputs]
-    wide, turns, N = state.kv.dtype, _turns(q, form), q.shape[1] * q.shape[2]
+    inputs, images = (q, k, v, key_weight, local, gate), _together(q, v)
+    wide, turns, N = packed.dtype, _turns(q, form), q.shape[1] * q.shape[2]
     back = None if turns is None else turns.conj().resolve_conj()
-    q, k, v, key_weight, local, gate, dout = _flat(*inputs, dout)
-    dq, dk, dv, dkey_weight, dlocal, dgate = _flat(*grads)
+    q, k, v, key_weight, local, gate, dout = joined = _joined(images, *inputs, dout)
+    state = State.of(packed.view(len(q), q.shape[2], -1), q.shape[-1], v.shape[-1])
+    grads = [x if x is None else x.new_empty(x.shape) for x in joined[:-1]]
+    dq, dk, dv, dkey_weight, dlocal, dgate = grads
     additive = form.normalizer == "additive"
     for i in range(len(q)):
         num, total = _queries(q[i], state, i, turns, form)
@@ -154,8 +177,8 @@ def backward(
             y = _normalized(num.clone(), total, state.value[i], N, form).transpose(0, 1)
             dgate[i] = du * (y if local is None else y + local[i])
             du = du * gate[i]
-        if local is not None:
-            dlocal[i] = du
+            if local is not None:
+                dlocal[i] = du
         dy = _heads(du)
 
         # The state's gradients, and the queries'.
@@ -185,7 +208,7 @@ def backward(
         dvalues = torch.bmm(_heads(_turned(phi, turns)), dkv).transpose(0, 1) * weight
         dv[i] = dvalues - torch.bmm(total.transpose(1, 2), dy).transpose(0, 1).div_(N) if additive else dvalues
         dk[i] = dphi.mul_(weight).mul_(_slope(phi, form.feature_map))
-    return grads
+    return [x if x is None else _apart(grad, images, x.shape) for x, grad in zip(inputs, grads, strict=True)]
 
 
 def exportable(

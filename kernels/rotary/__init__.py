@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import exporting, has_triton, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
+from .limits import refuses
 from .table import Rotary
 
 __all__ = ["Rotary", "rotary2d"]
@@ -44,8 +45,10 @@ def rotary2d(x: torch.Tensor, rotary: Rotary, inverse: bool = False) -> torch.Te
     "visionbb::rotary2d", mutates_args=(), schema="(Tensor x, int span, float ratio, bool inverse) -> Tensor"
 )
 def _op(x, span, ratio, inverse):
-    resolve(x, "rotary2d has no kernels of its own")
-    return portable.rotary2d(x, Rotary(span, ratio), inverse)
+    path = portable
+    if resolve(x, refuses(x) if has_triton() else "triton is missing") == "triton":
+        from . import triton as path  # compiles a kernel: only where it runs
+    return path.rotary2d(x, Rotary(span, ratio), inverse)
 
 
 @_op.register_fake

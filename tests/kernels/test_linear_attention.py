@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+from unittest import mock
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionbb.kernels import Rotary, linear_attention, rotary2d, use
+from visionbb.kernels.linear_attention import portable
 from visionbb.kernels.linear_attention.form import FEATURE_MAPS, NORMALIZERS
 
 # ---- The definition, checked against what the papers state ----------------------------------------------------------
@@ -121,10 +123,13 @@ def outcome(case, backend, dtype):
         return out, *torch.autograd.grad(out, [qk, v, *extras.values()], dout)
 
 
-@given(cases())
+@given(cases(), st.sampled_from([1, 50, portable.CACHED]))
 @settings(max_examples=150, deadline=None)
-def test_portable_equals_reference(case):
-    for got, want in zip(outcome(case, "portable", torch.float64), outcome(case, "reference", torch.float64)):
+def test_portable_equals_reference(case, cached):
+    with mock.patch.object(portable, "CACHED", cached):  # however many runs the tokens are taken in
+        outcomes = outcome(case, "portable", torch.float64), outcome(case, "reference", torch.float64)
+    assert outcomes[0][0].is_contiguous()  # as the fake implementation promises
+    for got, want in zip(*outcomes):
         # A query without features ("relu") has a denominator of eps, and gradients by its inverse square.
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9 * max(1.0, want.abs().max().item()))
 

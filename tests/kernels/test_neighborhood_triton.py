@@ -6,10 +6,7 @@ one test runs this file once more in a process of its own that has chosen it.
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -32,30 +29,8 @@ runs_kernels = pytest.mark.skipif(
 
 
 @pytest.mark.skipif(INTERPRETED or torch.cuda.is_available(), reason="the kernels run in this process")
-def test_under_the_interpreter():
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", __file__]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
-    assert "passed" in run.stdout
-
-
-@pytest.fixture(autouse=True)
-def bfloat16_products(monkeypatch):
-    """The interpreter of Triton 3.6 multiplies the bit patterns of bfloat16; here it multiplies their values."""
-    if not INTERPRETED:
-        return
-    from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
-
-    def widened(x):
-        if x.dtype.scalar != tl.bfloat16:
-            return x
-        return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
-
-    dot = InterpreterBuilder.create_dot
-    monkeypatch.setattr(
-        InterpreterBuilder, "create_dot", lambda self, a, b, *rest: dot(self, widened(a), widened(b), *rest)
-    )
+def test_under_the_interpreter(run_interpreted):
+    run_interpreted(__file__)
 
 
 # ---- Forward and backward against the definition --------------------------------------------------------------------

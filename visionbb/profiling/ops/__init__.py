@@ -2,6 +2,9 @@
 from __future__ import annotations
 
 from ..op_bench import OpBench
-from . import na2d
+from . import dwconv2d, linear_attention, na2d, selective_scan, ss2d
 
-OPS: dict[str, OpBench] = {"na2d": na2d.BENCH}
+OPS: dict[str, OpBench] = {
+    "dwconv2d": dwconv2d.BENCH, "linear_attention": linear_attention.BENCH, "na2d": na2d.BENCH,
+    "selective_scan": selective_scan.BENCH, "ss2d": ss2d.BENCH,
+}

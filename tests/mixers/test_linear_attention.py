@@ -20,6 +20,11 @@ PAPERS = {
     "mila": dict(feature_map="elu", rotary="map", local_kernel=3, value_proj=False, out_proj=False),
     "l2vit": dict(feature_map="relu", normalizer="clamp", eps=100.0),
     "shared": dict(feature_map="exp", local_kernel=3, share_local=True),
+    "flow": dict(feature_map="sigmoid", key_weight="flow", normalizer="none"),
+    "flow in a frame": dict(feature_map="sigmoid", key_weight="flow", normalizer="none", **FRAME),
+    "hedgehog": dict(feature_map="hedgehog"),
+    "flatten": dict(feature_map="focused", local_kernel=5, share_local=True, key_pos_size=(3, 4)),
+    "pola": dict(feature_map="polar", local_kernel=5, share_local=True, gate="mul", key_pos_size=(3, 4)),
 }
 
 
@@ -83,6 +88,29 @@ def test_nala_as_the_paper_writes_it():
     torch.testing.assert_close(module(x), finished(module, x, y, v, F.silu(gate)))
 
 
+@pytest.mark.parametrize("shift", [0, -12])  # sigmoid(-12) = 6e-6: 1e-6 counts
+def test_flow_as_the_paper_writes_it(shift):
+    """Conservation and competition written with the N x N flows of all pairs, 1e-6 where the authors' code has it."""
+    module, x = mixer("flow").double(), torch.randn(2, 3, 4, 16, dtype=torch.float64)
+    with torch.no_grad():
+        module.qkv.bias[:32] += shift
+    q, k, v = parts(module, x)
+    q, k = (t.sigmoid().transpose(1, 2) for t in (q, k))
+    e = 1e-6
+
+    def flow(a, b, share=1.0):
+        """(a_i + e) . (sum_j share_j b_j + e) + e, as a sum over j."""
+        pairs = torch.einsum("bhnd,bhmd->bhnm", a + e, b) * share
+        return pairs.sum(-1) + e * (a + e).sum(-1) + e
+
+    incoming, outgoing = flow(q, k), flow(k, q)
+    query = flow(q, k, 1 / outgoing[:, :, None])
+    key = flow(k, q, 1 / incoming[:, :, None]).clamp(-1, 1)
+    weights = torch.einsum("bhnd,bhmd->bhnm", q, k) / incoming[..., None] * query.sigmoid()[..., None]
+    y = torch.einsum("bhnm,bhm,bmhd->bnhd", weights, key.softmax(-1) * 12, v)
+    torch.testing.assert_close(module(x), module.proj(y.flatten(2)).unflatten(1, (3, 4)))
+
+
 def test_softmax_twin():
     torch.manual_seed(0)
     module = SoftmaxAttention(16, 2, **FRAME).double()
@@ -105,6 +133,18 @@ def test_values_and_result_may_stay_unprojected():
     # Equal keys that turn: the heads of the first half know rows alone, so that their result is constant along a row.
     torch.testing.assert_close(y[..., :8], y[:, :, :1, :8].expand(-1, -1, 5, -1))
     assert not torch.allclose(y[:, rows[0], :, 8:], y[:, rows[0], :1, 8:].expand(-1, 5, -1))
+
+
+def test_flow_shares_the_attention_and_not_what_the_frame_adds():
+    torch.manual_seed(0)
+    bare = mixer("flow", out_proj=False)
+    framed = mixer("flow", out_proj=False, local_kernel=3, gate="mul")
+    framed.load_state_dict(bare.state_dict() | {"qkv.weight": torch.cat((bare.qkv.weight, bare.qkv.weight[:16])),
+                                                "qkv.bias": torch.cat((bare.qkv.bias, bare.qkv.bias[:16]))},
+                           strict=False)
+    x = torch.randn(2, 5, 3, 16)
+    q, _, v = bare.qkv(x).chunk(3, -1)
+    torch.testing.assert_close(framed(x), (bare(x) + framed.local(v)) * q)
 
 
 @pytest.mark.parametrize("paper", PAPERS)
@@ -176,6 +216,7 @@ def test_global_query_weights_are_a_softmax_over_the_map():
         ((16, 2), dict(feature_map="cosine"), "feature_map must be one of .*, got 'cosine'"),
         ((16, 2), dict(normalizer="softmax"), "normalizer must be one of .*, got 'softmax'"),
         ((16, 2), dict(key_weight="local"), "key_weight must be one of .*, got 'local'"),
+        ((16, 2), dict(key_weight="flow"), "normalizer must be 'none' with key_weight 'flow', got 'div'"),
     ],
 )
 def test_errors(args, kwargs, message):

@@ -12,6 +12,7 @@ import visionbb  # noqa: F401  (registers the models)
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 _RAVLT = dict(dims=(8, 16, 16, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), mlp_ratio=2.0, head_hidden=24)
+_SOFT = dict(dims=(8, 8, 8, 16), depths=(1, 1, 2, 1), num_heads=(2, 2, 1, 2))
 
 # recording -> (our model, the recorded network's arguments in our words)
 CASES = {
@@ -26,6 +27,19 @@ CASES = {
     "ravlt": ("ravlt_tiny", _RAVLT),
     "mavit": ("mavit_tiny", _RAVLT),
     "nalaformer": ("nalaformer_tiny", _RAVLT),
+    "agent_deit": ("deit_tiny_patch16_224_agent", dict(img_size=64, patch_size=8, embed_dim=16, depth=3, num_heads=2,
+                                                       mlp_ratio=2.0, mixer_args=dict(num_agents=9))),
+    "mila": ("mila_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), mlp_ratio=2.0)),
+    "l2vit": ("l2vit_tiny", dict(embed_dim=4, depths=(2, 2, 2, 2), num_heads=(1, 2, 2, 4), mlp_ratio=2.0)),
+    "flowformer": ("flowformer_19l", dict(dims=(12, 24, 24, 48), depths=(1, 2, 1, 1), mlp_ratio=2.0,
+                                          pos_embed_size=(16, 16))),
+    "care": ("care_s0", dict(dims=(16, 16, 32, 32), depths=(1, 2, 1, 2), ratios=((1, 2), (1, 3), (2, 1), (2, 2)),
+                             head_dims=(0, 0, 4, 8))),
+    "vmamba": ("vmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), ssm_ratio=2.0, mlp_ratio=2.0)),
+    "vanilla_vmamba": ("vanilla_vmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1))),
+    "vssd": ("vssd_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 4), d_state=6, mlp_ratio=2.0)),
+    "soft": ("soft_tiny", _SOFT),
+    "soft_norm": ("soft_norm_tiny", _SOFT),
 }
 
 

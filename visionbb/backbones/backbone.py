@@ -17,7 +17,7 @@ class Backbone(nn.Module):
     """Base of the skeletons; subclasses set `stem`, the units, `norm` and `feature_info`, then call `add_head`.
 
     Attributes:
-        output_fmt: "NHWC", the layout of `forward_features`.
+        output_fmt: the layout of `forward_features`, "NHWC" but for columns with a class token, "NLC".
         feature_info: one dict a unit: num_chs, reduction (input pixels a token, per axis), module (dotted name).
     """
 
@@ -114,17 +114,24 @@ class Backbone(nn.Module):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         units = getattr(self, self.units)
         take, last = feature_take_indices(len(units), indices)
-        x = self.forward_stem(x)
-        taken = []
-        for i, unit in enumerate(units[: last + 1] if stop_early else units):
-            x = self.forward_unit(unit, x)
-            if i in take:
-                taken.append(self.norm(x) if norm and self._norm_fits(i) else x)
+        x, taken = self.forward_units(x, units[: last + 1] if stop_early else units, take, norm)
         if output_fmt == "NCHW":
             taken = [t.permute(0, 3, 1, 2).contiguous() for t in taken]
         if intermediates_only:
             return taken
         return (x if stop_early and last < len(units) - 1 else self.norm(x)), taken
+
+    def forward_units(
+        self, x: torch.Tensor, units: nn.Module, take: Sequence[int], norm: bool
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Images through the stem and `units`: what the last one gives, and the maps (B, H, W, C) after those taken."""
+        x = self.forward_stem(x)
+        taken = []
+        for i, unit in enumerate(units):
+            x = self.forward_unit(unit, x)
+            if i in take:
+                taken.append(self.norm(x) if norm and self._norm_fits(i) else x)
+        return x, taken
 
     def prune_intermediate_layers(
         self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
@@ -138,9 +145,13 @@ class Backbone(nn.Module):
             self.norm = nn.Identity()
         self.num_features = self.feature_info[last]["num_chs"]
         if prune_head or cut:  # a head of a family's own goes as a whole, layers before its pooling too
-            self.head = ClassifierHead(self.num_features, 0, "", input_fmt="NHWC", **get_device_dtype(self))
+            self.head = self.bare_head()
             self.num_classes, self.head_hidden_size = 0, self.num_features
         return take
+
+    def bare_head(self) -> nn.Module:
+        """A head that gives the features as they are, until `reset_classifier`."""
+        return ClassifierHead(self.num_features, 0, "", input_fmt="NHWC", **get_device_dtype(self))
 
     def _norm_fits(self, index: int) -> bool:
         """Whether the final norm is of the width of unit `index` and meant for it."""

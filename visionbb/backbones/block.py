@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import torch
 from timm.layers import DropPath, LayerNorm, Mlp
+from timm.models import register_notrace_module
 from torch import nn
 
 from ..mixers.conv import DepthwiseConv
@@ -65,7 +66,7 @@ class Block(nn.Module):
         drop_path: probability of dropping a residual branch, per sample.
         proj_drop: dropout after both linear layers of the MLP.
         cpe1, cpe2: kernel sizes of convolutional position encodings x + depthwise(x) (CPVT, arXiv 2102.10882) before
-            the mixer's branch and before the MLP's; 0 for none.
+            the mixer's branch and before the MLP's; 0 for none, or a module in their place.
         mlp_conv: kernel size of a depthwise convolution with residual inside the MLP; 0 for none.
     """
 
@@ -79,8 +80,8 @@ class Block(nn.Module):
         proj_drop: float = 0.0,
         norm_layer: Callable[..., nn.Module] = LayerNorm,
         act_layer: type[nn.Module] = nn.GELU,
-        cpe1: int = 0,
-        cpe2: int = 0,
+        cpe1: int | nn.Module = 0,
+        cpe2: int | nn.Module = 0,
         mlp_conv: int = 0,
         device=None,
         dtype=None,
@@ -88,8 +89,10 @@ class Block(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
 
-        def position(kernel_size: int) -> nn.Module:
-            return DepthwiseConv(dim, kernel_size, residual=True, **dd) if kernel_size else nn.Identity()
+        def position(cpe: int | nn.Module) -> nn.Module:
+            if isinstance(cpe, nn.Module):
+                return cpe
+            return DepthwiseConv(dim, cpe, residual=True, **dd) if cpe else nn.Identity()
 
         self.cpe1 = position(cpe1)
         self.norm1 = norm_layer(dim, **dd)
@@ -110,4 +113,38 @@ class Block(nn.Module):
         x = self.cpe1(x)
         x = self.ls1(x, self.drop_path1(self.mixer(self.norm1(x))))
         x = self.cpe2(x)
+        return self.ls2(x, self.drop_path2(self.mlp(self.norm2(x))))
+
+
+class MixerBlock(nn.Module):
+    """x + drop_path(mixer(norm1(x))) on (B, H, W, dim): Mamba's block, whose mixer has the channel mixing inside."""
+
+    def __init__(
+        self,
+        dim: int,
+        mixer: nn.Module,
+        drop_path: float = 0.0,
+        norm_layer: Callable[..., nn.Module] = LayerNorm,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.norm1 = norm_layer(dim, device=device, dtype=dtype)
+        self.mixer = mixer
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + self.drop_path1(self.mixer(self.norm1(x)))
+
+
+@register_notrace_module  # prefix tokens and the size of the map
+class TokenBlock(Block):
+    """A `Block` on a sequence, (B, P + H * W, dim): P prefix tokens, then those of the map, row by row.
+
+    The mixer's `forward_tokens(x, H, W)` tells the two apart; all else treats tokens alike, so positional convolutions
+    have no place here.
+    """
+
+    def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
+        x = self.ls1(x, self.drop_path1(self.mixer.forward_tokens(self.norm1(x), H, W)))
         return self.ls2(x, self.drop_path2(self.mlp(self.norm2(x))))

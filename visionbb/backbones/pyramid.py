@@ -38,6 +38,7 @@ class Pyramid(Backbone):
         global_pool: "avg", "max", "avgmax", "catavgmax", or "" for none.
         drop_rate: dropout before the classifier.
         drop_path_rate: stochastic depth of the last block, rising linearly from 0.
+        num_features: width after the last stage, where its last block changes it; default: dims[-1].
     """
 
     units = "stages"
@@ -57,6 +58,7 @@ class Pyramid(Backbone):
         drop_rate: float,
         drop_path_rate: float,
         head: nn.Module | None = None,
+        num_features: int | None = None,
         stem_stride: int = 4,
         device=None,
         dtype=None,
@@ -71,8 +73,10 @@ class Pyramid(Backbone):
             blocks = [block(i, j, dim, rate) for j, rate in enumerate(rates)]
             self.stages.append(Stage(downsample(dims[i - 1], dim) if i else nn.Identity(), blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
+        if num_features is not None:
+            self.feature_info[-1]["num_chs"] = num_features
         self.norm = norm
-        self.add_head(dims[-1], global_pool, drop_rate, head, device=device, dtype=dtype)
+        self.add_head(num_features or dims[-1], global_pool, drop_rate, head, device=device, dtype=dtype)
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:

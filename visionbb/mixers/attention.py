@@ -11,6 +11,7 @@ from .conv import DepthwiseConv
 
 ROTARY = ("", "head", "map")
 GATES = ("", "mul", "silu")
+SILU_ONE = 1.2784645427610738  # silu of it is 1
 
 
 class GlobalAttention(nn.Module):
@@ -32,6 +33,8 @@ class GlobalAttention(nn.Module):
     Raises:
         ValueError: dim is no multiple of num_heads, or an unknown name.
     """
+
+    in_proj = "qkv"  # the linear layer of `projections`, the names of its parts
 
     def __init__(
         self,
@@ -66,7 +69,8 @@ class GlobalAttention(nn.Module):
             turn = Rotary.closed(self.head_dim) if rotary == "head" else Rotary.half_open(dim)
             turn.check(dim)
             self.rotary_span, self.rotary_ratio = turn
-        self.parts = 2 + int(value_proj) + int(gate != "")
+        self.projections = ("q", "k", *(["v"] if value_proj else []), *(["gate"] if gate else []))
+        self.parts = len(self.projections)
         self.qkv = nn.Linear(dim, self.parts * dim, bias=qkv_bias, **dd)
         self.local = None
         if local_kernel:
@@ -75,8 +79,29 @@ class GlobalAttention(nn.Module):
         self.proj = nn.Linear(dim, dim, **dd) if out_proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
+    @torch.jit.ignore
+    def begin_plain(self) -> None:
+        """Lets attention alone act: no local convolution, a gate of one. Networks converted from ViTs start so.
+
+        Raises:
+            ValueError: a gate has no bias that could hold it at one.
+        """
+        with torch.no_grad():
+            if self.local is not None:
+                self.local.weight.zero_()
+                self.local.bias.zero_()
+            if self.gate:
+                if self.qkv.bias is None:
+                    raise ValueError("a gate begins at one by its bias: qkv_bias must be True, got False")
+                self.qkv.weight.chunk(self.parts)[-1].zero_()
+                self.qkv.bias.chunk(self.parts)[-1].fill_(SILU_ONE if self.gate == "silu" else 1.0)
+
     def heads(self, x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(-1, (self.num_heads, -1))
+
+    def keys(self, k: torch.Tensor, H: int, W: int) -> torch.Tensor:
+        """Keys of the tokens of `mix`, with what a subclass adds to them."""
+        return k
 
     def attend(
         self,
@@ -85,27 +110,70 @@ class GlobalAttention(nn.Module):
         v: torch.Tensor,
         local: torch.Tensor | None,
         gate: torch.Tensor | None,
+        H: int,
+        W: int,
     ) -> torch.Tensor:
-        """(attention + local) * gate, from and to (B, H, W, heads, head_dim)."""
+        """(attention + local) * gate, from and to (B, H, W, heads, head_dim), or with prefix tokens as in `mix`."""
         raise NotImplementedError
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """`gate` (B, H, W, dim) multiplies the result, where the block has one of its own (MILA)."""
+        return self.mix(x, x.shape[1], x.shape[2], gate)
+
+    def forward_tokens(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
+        """On a sequence (B, P + H * W, dim), prefix tokens first: they attend like all others, without `local`."""
+        if self.rotary_span > 0:
+            raise ValueError("rotary embeddings turn the tokens of a map; a sequence with prefix tokens is none")
+        return self.mix(x.unsqueeze(1), H, W).squeeze(1)
+
+    def mix(self, x: torch.Tensor, H: int, W: int, gate: torch.Tensor | None = None) -> torch.Tensor:
+        """x (B, H, W, dim), or (B, 1, P + H * W, dim) with prefix tokens."""
         parts = self.qkv(x).chunk(self.parts, -1)
         v = parts[2] if self.value_proj else x
         local: torch.Tensor | None = None
         if self.local is not None:
-            local = self.heads(self.local(v))
-        gate: torch.Tensor | None = None
+            prefix = v.shape[1] * v.shape[2] - H * W
+            if v.shape[1] == H and v.shape[2] == W:
+                local = self.heads(self.local(v))
+            else:
+                patches = self.local(v[:, 0, prefix:].unflatten(1, (H, W))).flatten(1, 2)
+                local = self.heads(F.pad(patches, (0, 0, prefix, 0)).unsqueeze(1))
+        if gate is not None:
+            gate = self.heads(gate)
+            if self.gate:
+                raise ValueError("gate must be None where the attention projects its own")
         if self.gate:
             gate = self.heads(F.silu(parts[-1]) if self.gate == "silu" else parts[-1])
-        q, k, v = self.heads(parts[0]), self.heads(parts[1]), self.heads(v)
+        q, k, v = self.heads(parts[0]), self.heads(self.keys(parts[1], H, W)), self.heads(v)
         if self.norm is None:
-            y = self.attend(q, k, v, local, gate).flatten(-2)
+            y = self.attend(q, k, v, local, gate, H, W).flatten(-2)
         else:
-            y = self.norm(self.attend(q, k, v, local, None).flatten(-2))
+            y = self.norm(self.attend(q, k, v, local, None, H, W).flatten(-2))
             if gate is not None:
                 y = y * gate.flatten(-2)
         return self.proj_drop(self.proj(y))
+
+    def attention_map(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
+        """The weights that values are summed with: a row a query, a column a key, (B, num_heads, N, N).
+
+        Of a map x (B, H, W, dim) with N = H * W, or a sequence (B, P + H * W, dim) with its prefix tokens. Without what
+        the frame adds: `attention_map @ v` is the result of attention alone. At a cost quadratic in N, for distillation
+        and inspection.
+
+        Raises:
+            ValueError: rotary embeddings on a sequence, or an attention that has no one map a head.
+        """
+        if x.ndim == 3:
+            if self.rotary_span > 0:
+                raise ValueError("rotary embeddings turn the tokens of a map; a sequence with prefix tokens is none")
+            x = x.unsqueeze(1)
+        parts = self.qkv(x).chunk(self.parts, -1)
+        q, k = self.heads(parts[0]), self.heads(self.keys(parts[1], H, W))
+        N = x.shape[1] * x.shape[2]
+        # Attention is linear in its values: those of a unit matrix give the weights.
+        unit = torch.eye(N, dtype=q.dtype, device=q.device).view(1, x.shape[1], x.shape[2], 1, N)
+        weights = self.attend(q, k, unit.expand(x.shape[0], -1, -1, self.num_heads, -1), None, None, H, W)
+        return weights.flatten(1, 2).transpose(1, 2)
 
 
 @register_notrace_module  # angles by the size of the map
@@ -122,6 +190,8 @@ class SoftmaxAttention(GlobalAttention):
         v: torch.Tensor,
         local: torch.Tensor | None,
         gate: torch.Tensor | None,
+        H: int,
+        W: int,
     ) -> torch.Tensor:
         if self.rotary_span > 0:
             q, k = self.turned(q), self.turned(k)

@@ -1,4 +1,8 @@
 """One file a family; importing one registers its models with timm."""
-from . import nat, nat_isotropic, ravlt
+from . import care, drop_ins, flowformer, l2vit, mila, nat, nat_isotropic, ravlt, soft, vmamba, vssd
+from .drop_ins import inherit_attention
 
-__all__ = ["nat", "nat_isotropic", "ravlt"]
+__all__ = [
+    "care", "drop_ins", "flowformer", "inherit_attention", "l2vit", "mila", "nat", "nat_isotropic", "ravlt", "soft",
+    "vmamba", "vssd",
+]

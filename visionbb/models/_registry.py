@@ -5,8 +5,28 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
-from timm.models import register_model, resolve_pretrained_cfg
+from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
+
+from ..backbones import Backbone, FeatureMaps
+
+
+def create_from(model_cls: type[Backbone]) -> Callable[..., nn.Module]:
+    """The `create` that nearly every family has: timm's builder, with `features_only` giving NCHW maps.
+
+    Those are of all stages of a pyramid (a model with `depths`), of the last three blocks of a column.
+    """
+
+    def create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
+        out_indices = tuple(range(len(kwargs["depths"]))) if "depths" in kwargs else 3
+        return build_model_with_cfg(
+            model_cls, variant, pretrained,
+            pretrained_filter_fn=model_cls.checkpoint_filter_fn,
+            feature_cfg=dict(out_indices=out_indices, feature_cls=FeatureMaps),
+            **kwargs,
+        )
+
+    return create
 
 
 def register_variants(

@@ -18,14 +18,14 @@ from functools import partial
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, PatchEmbed
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from ..backbones import Block, FeatureMaps, Pyramid, keep_native
+from ..backbones import Block, Pyramid, keep_native
 from ..mixers import NeighborhoodAttention
 from ..mixers.attention import resample_rpb
-from ._registry import register_variants
+from ._registry import create_from, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -290,13 +290,4 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    return build_model_with_cfg(
-        NAT, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls=FeatureMaps),
-        **kwargs,
-    )
-
-
-register_variants(__name__, VARIANTS, _create, TAG_ARGS)
+register_variants(__name__, VARIANTS, create_from(NAT), TAG_ARGS)

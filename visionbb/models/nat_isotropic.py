@@ -8,12 +8,11 @@ authors' code: any input size works, the bias table of ViT-rpb is resampled.
 """
 from collections.abc import Sequence
 
-from timm.models import build_model_with_cfg, generate_default_cfgs
-from torch import nn
+from timm.models import generate_default_cfgs
 
-from ..backbones import Block, Columnar, FeatureMaps
+from ..backbones import Block, Columnar
 from ..mixers import NeighborhoodAttention, RelativeAttention
-from ._registry import register_variants
+from ._registry import create_from, register_variants
 from .nat import Norm, checkpoint_filter_fn, dinat_cfg, patch_stem
 
 
@@ -97,13 +96,4 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    return build_model_with_cfg(
-        NATColumn, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=3, feature_cls=FeatureMaps),
-        **kwargs,
-    )
-
-
-register_variants(__name__, VARIANTS, _create)
+register_variants(__name__, VARIANTS, create_from(NATColumn))

@@ -21,13 +21,14 @@ from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import ClassifierHead, LayerNorm, trunc_normal_
-from timm.models import build_model_with_cfg, generate_default_cfgs
+from timm.layers import ClassifierHead, LayerNorm
+from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Block, FeatureMaps, Pyramid, keep_native
-from ..mixers import DepthwiseConv, LinearAttention, SoftmaxAttention
-from ._registry import register_variants
+from ..backbones import Block, Pyramid, keep_native
+from ..backbones.layers import conv_norm_acts, init_convs
+from ..mixers import LinearAttention, SoftmaxAttention
+from ._registry import create_from, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 
@@ -81,11 +82,8 @@ class ConvStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        layers = []
-        for i, (width, stride) in enumerate(((dim // 2, 2), (dim // 2, 1), (dim // 2, 1), (dim, 2))):
-            layers += [nn.Conv2d(in_chans if i == 0 else dim // 2, width, 3, stride, 1, **dd)]
-            layers += [nn.BatchNorm2d(width, **dd), nn.GELU()]
-        self.proj = nn.Sequential(*layers[:-1])
+        layers = ((dim // 2, 3, 2), (dim // 2, 3, 1), (dim // 2, 3, 1), (dim, 3, 2))
+        self.proj = conv_norm_acts(in_chans, layers, nn.GELU, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Channels-last from the first layer on, so that none of the large early maps is ever transposed.
@@ -209,10 +207,7 @@ class RAVLT(Pyramid):
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
         super().init_weights(needs_reset)
-        for module in self.modules():
-            if isinstance(module, (nn.Conv2d, DepthwiseConv)):
-                trunc_normal_(module.weight, std=0.02)
-                nn.init.zeros_(module.bias)
+        init_convs(self)
 
 
 # ---- Variants -------------------------------------------------------------------------------------------------------
@@ -267,13 +262,4 @@ default_cfgs = generate_default_cfgs({
 })
 
 
-def _create(variant: str, pretrained: bool = False, **kwargs) -> nn.Module:
-    return build_model_with_cfg(
-        RAVLT, variant, pretrained,
-        pretrained_filter_fn=checkpoint_filter_fn,
-        feature_cfg=dict(out_indices=tuple(range(len(kwargs["depths"]))), feature_cls=FeatureMaps),
-        **kwargs,
-    )
-
-
-register_variants(__name__, VARIANTS, _create)
+register_variants(__name__, VARIANTS, create_from(RAVLT))

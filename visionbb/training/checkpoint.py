@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 from timm.models import clean_state_dict
-from timm.task import ClassificationTask, load_task_ema_checkpoint, resume_task_checkpoint
+from timm.task import load_task_ema_checkpoint, resume_task_checkpoint
 from timm.utils import load_checkpoint_metadata, random_seed
 
-from .config import ConfigError, TrainConfig
+from .config import ConfigError
+from .tasks import RecordedTask
 
 # Options that live on in the optimizer's state: another value would be overwritten by the checkpoint's.
 _OPTIMIZER = {"opt", "opt_eps", "opt_betas", "opt_kwargs", "weight_decay", "momentum", "layer_decay"}
@@ -30,21 +31,6 @@ _HARMLESS = {"device", "output", "resume", "report", "stop_epoch", "checkpoint_h
 def seed_epoch(seed: int, epoch: int) -> None:
     """Seed Python, NumPy and PyTorch (every device) for one epoch, independently of all other (seed, epoch) pairs."""
     random_seed(int(np.random.SeedSequence((seed, epoch)).generate_state(1)[0]))
-
-
-class RecordedTask(ClassificationTask):
-    """timm's classification task, whose checkpoints also say which model and options they belong to.
-
-    They hold tensors and plain Python values only, so `torch.load(path, weights_only=True)` reads them.
-    """
-
-    def __init__(self, model: torch.nn.Module, config: TrainConfig, **kwargs: Any):
-        super().__init__(model, **kwargs)
-        self.config = config
-
-    def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
-        record = {"arch": self.config.model, "args": asdict(self.config)}
-        return record | super().get_checkpoint_state(ema=ema, **kwargs)
 
 
 def find_checkpoint(resume: str | None, output: Path) -> Path | None:

@@ -50,6 +50,14 @@ class TrainConfig:
             contradict each other. The message names the option.
     """
 
+    # Task
+    task: str = _option("classification", "what is learnt: classes, or a teacher's attention maps (Hedgehog), which "
+                        "turns the teacher into the model: a ViT with linear attention",
+                        choices=("classification", "attention_distillation"))
+    kd_model_name: str | None = _option(None, "model name of the teacher, which sees the same images")
+    kd_model_kwargs: dict = _option({}, "further constructor arguments of the teacher, key=value ...")
+    kd_pretrained_path: str | None = _option(None, "weights of the teacher in a file; default: its pretrained weights")
+
     # Model
     model: str = _option("nat_tiny", "model name, any of timm.list_models() or a hub name (hf-hub:...)")
     pretrained: bool = _option(False, "start from pretrained weights")
@@ -71,8 +79,8 @@ class TrainConfig:
     batch_size: int = _option(128, "images a training step", low=1, short="-b")
     validation_batch_size: int | None = _option(None, "images an evaluation step; default: batch_size", low=1)
     workers: int = _option(4, "data loading processes; 0 loads in the main process", low=0, short="-j")
-    mean: list[float] | None = _option(None, "channel means of pixels in 0..1; default: the model's")
-    std: list[float] | None = _option(None, "channel standard deviations of pixels in 0..1; default: the model's")
+    mean: list[float] | None = _option(None, "channel means of pixels in 0..1; default: the teacher's or model's")
+    std: list[float] | None = _option(None, "channel deviations of pixels in 0..1; default: the teacher's or model's")
     interpolation: str | None = _option(None, "evaluation resize; default: the model's", choices=INTERPOLATIONS)
     crop_pct: float | None = _option(None, "evaluation centre crop, as a part of the side; default: the model's", low=0)
 
@@ -158,11 +166,26 @@ class TrainConfig:
             low_high = getattr(self, name)
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
                 raise ConfigError(f"{name} must be two numbers, 0 < low <= high, got {low_high}")
+        if self.task == "attention_distillation":
+            if self.kd_model_name is None:
+                raise ConfigError(f"kd_model_name must name the teacher of task {self.task!r}")
+            given, reason = ("pretrained", "initial_checkpoint"), "gives the model the teacher's weights"
+        else:
+            given, reason = ("kd_model_name", "kd_model_kwargs", "kd_pretrained_path"), "has no teacher"
+        for name in given:
+            if getattr(self, name):
+                raise ConfigError(f"{name} must be unset with task {self.task!r}, which {reason}; "
+                                  f"got {getattr(self, name)!r}")
 
     @property
     def mixes(self) -> bool:
         """Whether training images are mixed, which makes their targets soft."""
         return self.mixup > 0 or self.cutmix > 0
+
+    @property
+    def starts_trained(self) -> bool:
+        """Whether the weights at the start come from another training, so that their accuracy is of interest."""
+        return bool(self.pretrained or self.initial_checkpoint or self.kd_model_name)
 
     def save(self, path: Path) -> None:
         """Write every option as YAML; the file is itself a recipe for `--config`."""

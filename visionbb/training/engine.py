@@ -88,7 +88,8 @@ def train(run: Run, console: Console | None = None) -> dict[str, float]:
     """Train from `run.start_epoch` to the end of the schedule (or `stop_epoch`), and return the last evaluation.
 
     After each epoch: a line on the console, a row in `summary.csv` (epochs counted from 0, as timm does), and the
-    checkpoints `last` and, on a new best top1, `model_best`.
+    checkpoints `last` and, on a new best top1, `model_best`. Trained weights that a run starts from are evaluated
+    first.
 
     Raises:
         FloatingPointError: the loss is no longer finite; the last checkpoint is of the epoch before.
@@ -101,6 +102,9 @@ def train(run: Run, console: Console | None = None) -> dict[str, float]:
     progress = Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("batches"),
         TimeRemainingColumn(), console=console, transient=True, disable=not console.is_terminal)
+    if config.starts_trained and run.start_epoch == 0:
+        metrics = evaluate(run)
+        console.print(f"before training: test loss {metrics['loss']:.4f}  top1 {metrics['top1']:.2f}", highlight=False)
     with progress:
         bar = progress.add_task("", total=last_epoch * len(run.train_loader),
                                 completed=run.start_epoch * len(run.train_loader))

@@ -5,6 +5,7 @@ import math
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
+from textwrap import shorten
 
 import timm
 import torch
@@ -17,9 +18,10 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import CheckpointSaver, NativeScaler, random_seed
 from torch import nn
 
-from .checkpoint import RecordedTask, find_checkpoint, resume
+from .checkpoint import find_checkpoint, resume
 from .config import ConfigError, TrainConfig, nearest
 from .data import class_names, create_datasets, create_loaders
+from .tasks import TASKS, RecordedTask
 
 
 @dataclass
@@ -78,7 +80,7 @@ def create_model(config: TrainConfig, num_classes: int | None, in_chans: int) ->
     """Create the model of a run through timm; None for `num_classes` keeps the model's own.
 
     Raises:
-        ConfigError: constructor arguments that the model does not take.
+        ConfigError: constructor arguments that the model does not take, or weights that it cannot take.
     """
     args = resolve_model_input_args(
         config.model, {"img_size": config.img_size}, num_classes=num_classes, in_chans=in_chans, drop_rate=config.drop,
@@ -87,9 +89,33 @@ def create_model(config: TrainConfig, num_classes: int | None, in_chans: int) ->
         model = timm.create_model(pretrained=config.pretrained, checkpoint_path=config.initial_checkpoint, **args)
     except TypeError as error:
         raise ConfigError(f"model {config.model!r} with model_kwargs {config.model_kwargs}: {error}") from error
+    except RuntimeError as error:  # there are none, or shapes differ
+        if not config.pretrained and not config.initial_checkpoint:
+            raise
+        source = config.initial_checkpoint or "its pretrained weights"
+        raise ConfigError(f"model {config.model!r} with model_kwargs {config.model_kwargs} cannot take {source}: "
+                          f"{shorten(str(error), 500, placeholder=' ...')}") from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     return model
+
+
+def create_teacher(config: TrainConfig, num_classes: int, in_chans: int) -> nn.Module:
+    """Create the trained teacher of a run, for the classes and channels of its model.
+
+    Raises:
+        ConfigError: as for a model, and where there is no file of weights.
+    """
+    path = config.kd_pretrained_path
+    if path and not Path(path).is_file():
+        raise ConfigError(f"kd_pretrained_path: there is no file {path}")
+    teacher = TrainConfig(model=config.kd_model_name, model_kwargs=config.kd_model_kwargs, img_size=config.img_size,
+                          pretrained=path is None, initial_checkpoint=path)
+    try:
+        _in_chans(teacher)  # for its errors: an unknown name or tag
+        return create_model(teacher, num_classes, in_chans)
+    except ConfigError as error:
+        raise ConfigError(f"teacher (kd_model_name, kd_model_kwargs, kd_pretrained_path): {error}") from error
 
 
 def _in_chans(config: TrainConfig) -> int:
@@ -132,7 +158,11 @@ def prepare(config: TrainConfig) -> Run:
     model = create_model(config, num_classes, in_chans).to(device)
     classes = classes or [str(index) for index in range(model.num_classes)]
 
-    data_config = resolve_input_data_config(model, {
+    teacher = None
+    if config.kd_model_name:
+        teacher = create_teacher(config, model.num_classes, in_chans).to(device)
+
+    data_config = resolve_input_data_config(model if teacher is None else teacher, {
         "img_size": config.img_size, "mean": config.mean, "std": config.std,
         "interpolation": config.interpolation, "crop_pct": config.crop_pct})
     output = Path(config.output or f"outputs/{config.model}")
@@ -144,9 +174,7 @@ def prepare(config: TrainConfig) -> Run:
         report=config.dataset == "visionbb/digits" if config.report is None else config.report)
 
     train_loader, val_loader = create_loaders(config, datasets, data_config, device)
-    task = RecordedTask(
-        model, config, device=device, verbose=False,
-        criterion_kwargs={"loss_type": config.loss, "smoothing": config.smoothing, "soft_targets": config.mixes})
+    task = TASKS[config.task](model, config, device, teacher)
     if config.model_ema:
         task.setup_ema(decay=config.model_ema_decay, use_warmup=config.model_ema_warmup)
     optimizer = create_optimizer_v2(model, **optimizer_kwargs(config), **config.opt_kwargs)

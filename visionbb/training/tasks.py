@@ -1,0 +1,144 @@
+"""What a step of training minimises: one class a task, on timm's task package.
+
+A task takes the model, the options, the device and, where there is one, the teacher; `TASKS` names them for the option
+`task`. Its `forward(input, target)` returns a dict with the "loss", its checkpoints say what they belong to.
+"""
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from timm.layers import Attention
+from timm.task import ClassificationTask, TrainingTask
+from torch import Tensor, nn
+
+from ..mixers import GlobalAttention, LinearAttention, SoftmaxAttention
+from ..mixers.feature_maps import Polar
+from ..models.drop_ins import inherit_attention
+from .config import ConfigError, TrainConfig
+
+
+class RecordedTask(TrainingTask):
+    """A task of timm's whose checkpoints also say which model and options they belong to.
+
+    They hold tensors and plain Python values only, so `torch.load(path, weights_only=True)` reads them.
+    """
+
+    config: TrainConfig
+
+    def get_checkpoint_state(self, ema: bool = False, **kwargs: Any) -> dict[str, Any]:
+        record = {"arch": self.config.model, "args": asdict(self.config)}
+        return record | super().get_checkpoint_state(ema=ema, **kwargs)
+
+
+class Classification(RecordedTask, ClassificationTask):
+    """timm's classification task: the loss of the logits against the classes."""
+
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, teacher: None = None):
+        super().__init__(
+            model, device=device, verbose=False,
+            criterion_kwargs={"loss_type": config.loss, "smoothing": config.smoothing, "soft_targets": config.mixes})
+        self.config = config
+
+
+class AttentionDistillation(RecordedTask):
+    """Teaches the feature maps of a linear attention the attention maps of a ViT (Hedgehog, arXiv 2402.04347).
+
+    The model becomes the teacher with another attention, `inherit_attention`. Its feature maps are then all that
+    trains: with the softmax attention A of a block of the teacher and the weights A' that the linear attention gives
+    the same tokens, which are those of the teacher, the loss is the cross-entropy
+
+        - sum_j A_ij log A'_ij
+
+    of a query, in the mean over queries, heads, blocks and images (section 4 there, "attention weight distillation").
+    Its minimum is the entropy of the teacher's maps. Classes are not used. Maps are computed in float32, at a cost
+    quadratic in the number of tokens.
+
+    Args:
+        model: a drop-in with a learned feature map, such as deit_*_hedgehog.
+        teacher: a ViT as large, timm's or a drop-in, with softmax attention.
+
+    Raises:
+        ConfigError: the model's or the teacher's attention is of another kind, or the two do not fit.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, teacher: nn.Module):
+        super().__init__(device=device, verbose=False)
+        self.config = config
+        self.trainable_module = model
+        self.teacher = teacher.requires_grad_(False).eval()
+        try:
+            inherit_attention(model, teacher)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"model {config.model!r} cannot inherit from kd_model_name {config.kd_model_name!r} (see "
+                              f"model_kwargs, kd_model_kwargs): {error}") from error
+        pairs = [(block.mixer, theirs.mixer if hasattr(theirs, "mixer") else theirs.attn)
+                 for block, theirs in zip(model.blocks, teacher.blocks, strict=True) if learns_weights(block.mixer)]
+        if not pairs:
+            raise ConfigError(f"model {config.model!r} has no linear attention with a learned feature map and "
+                              f"normalizer 'div', which task {config.task!r} needs")
+        self.learning, self.taught = zip(*pairs, strict=True)
+        for attention in self.taught:
+            if not isinstance(attention, (Attention, SoftmaxAttention)):
+                raise ConfigError(f"kd_model_name {config.kd_model_name!r} must have softmax attention, timm's or "
+                                  f"visionbb's, got {type(attention).__name__}")
+        model.requires_grad_(False)
+        for mixer in self.learning:
+            mixer.feature_map.requires_grad_(True)
+
+    def train(self, mode: bool = True) -> AttentionDistillation:
+        super().train(mode)
+        self.teacher.eval()
+        return self
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        H, W = self.trainable_module.stem.patch_embed.dynamic_feat_size(input.shape[-2:])
+        with torch.no_grad(), _inputs_of(attention.qkv for attention in self.taught) as inputs:
+            self.teacher(input)
+        losses = []
+        with torch.autocast(input.device.type, enabled=False):
+            for mixer, attention, x in zip(self.learning, self.taught, inputs, strict=True):
+                x = x.flatten(1, -2).float()  # drop-ins hold a sequence as a map of one row
+                with torch.no_grad():
+                    wanted = attention_map(attention, x, H, W)
+                losses.append(cross_entropy(mixer.attention_map(x, H, W), wanted))
+        return {"loss": torch.stack(losses).mean()}
+
+
+def cross_entropy(weights: Tensor, wanted: Tensor) -> Tensor:
+    """Cross-entropy of distributions over the last dimension, the mean over all others."""
+    return -(wanted * weights.clamp(min=torch.finfo(weights.dtype).tiny).log()).sum(-1).mean()
+
+
+def attention_map(attention: Attention | GlobalAttention, x: Tensor, H: int, W: int) -> Tensor:
+    """Softmax attention's weights of all pairs of tokens x (B, N, dim): (B, num_heads, N, N)."""
+    if isinstance(attention, GlobalAttention):
+        return attention.attention_map(x, H, W)
+    qkv = attention.qkv(x).unflatten(-1, (3, attention.num_heads, attention.head_dim))
+    q, k, _ = qkv.permute(2, 0, 3, 1, 4).unbind()
+    q, k = attention.q_norm(q), attention.k_norm(k)
+    return (q @ k.mT * attention.scale).softmax(-1)
+
+
+def learns_weights(mixer: nn.Module) -> bool:
+    """Whether the weights of its pairs of tokens are distributions that the parameters of a feature map move."""
+    return (isinstance(mixer, LinearAttention) and mixer.normalizer == "div" and mixer.feature_map is not None
+            and not isinstance(mixer.feature_map, Polar) and any(True for _ in mixer.feature_map.parameters()))
+
+
+@contextmanager
+def _inputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
+    """Collects what the modules are called with, in the order of their calls."""
+    inputs: list[Tensor] = []
+    hooks = [module.register_forward_pre_hook(lambda _, args: inputs.append(args[0])) for module in modules]
+    try:
+        yield inputs
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+TASKS = {"classification": Classification, "attention_distillation": AttentionDistillation}

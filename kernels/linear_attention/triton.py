@@ -353,19 +353,17 @@ def _parts(q: torch.Tensor, v: torch.Tensor) -> int:
 
 def _arguments(q: torch.Tensor, v: torch.Tensor, form: Form, block: int, tokens: int) -> dict:
     """What all kernels share; `block` is the most channels of q and k that fit in the registers at a time."""
-    (_, H, W, heads, d), dv, parts = q.shape, v.shape[-1], _parts(q, v)
-    if parts > 1:
-        block //= 2
+    (_, H, W, heads, d), dv = q.shape, v.shape[-1]
     return dict(
         N=H * W, W=W, heads=heads, **table(H, W, d, form.rotary, q.device), FEATURES=form.feature_map, D=d, V=dv,
         BLOCK_D=min(block, max(16, triton.next_power_of_2(d))), BLOCK_V=max(16, triton.next_power_of_2(dv)),
-        TOKENS=tokens, PARTS=parts,
+        TOKENS=tokens, PARTS=_parts(q, v),
     )
 
 
 def _registers(arguments: dict) -> int | None:
-    """In float32, left to itself, ptxas would rather spill than run fewer programs at a time."""
-    return 255 if arguments["PARTS"] == 3 else None
+    """Left to itself, ptxas would rather spill than run fewer programs at a time."""
+    return 255 if arguments["PARTS"] > 1 else None
 
 
 def _read(**tensors: torch.Tensor | None) -> dict:
@@ -387,7 +385,7 @@ def sums_launch(
     mean: float, form: Form,
 ) -> tuple[Launch, torch.Tensor]:
     """The launch, and the partial sums it writes, (splits, B, heads, size); `weights` in `sums_kernel`'s order."""
-    arguments = _arguments(x, y, form, 64, CHUNK)
+    arguments = _arguments(x, y, form, 64 if _parts(x, y) == 1 else 32, CHUNK)
     N, D, V = (arguments[name] for name in ("N", "D", "V"))
     programs = x.shape[0] * x.shape[3] * triton.cdiv(D, arguments["BLOCK_D"])
     # Partial sums are at most an eighth of what is read, in 16 bits.
@@ -409,8 +407,9 @@ def sums_launch(
 
 def _tiled(kernel: triton.JITFunction, x: torch.Tensor, y: torch.Tensor, form: Form, arguments: dict) -> Launch:
     """One program a tile, image and head, for x like q or k and y like v."""
-    tokens = SMALL_TILE if _parts(x, y) > 1 and y.shape[-1] > 64 else TILE
-    arguments |= _arguments(x, y, form, 32, tokens)
+    several, wide = _parts(x, y) > 1, y.shape[-1] > 64
+    tokens = SMALL_TILE if several and wide else TILE
+    arguments |= _arguments(x, y, form, 16 if several or wide else 32, tokens)
     tiles = triton.cdiv(arguments["N"], tokens)
     return Launch(
         kernel, x.shape[0] * tiles * x.shape[3], arguments | dict(tiles=tiles), threads=256,

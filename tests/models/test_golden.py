@@ -37,6 +37,7 @@ CASES = {
                              head_dims=(0, 0, 4, 8))),
     "vmamba": ("vmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), ssm_ratio=2.0, mlp_ratio=2.0)),
     "vanilla_vmamba": ("vanilla_vmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1))),
+    "medmamba": ("medmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1))),
     "vssd": ("vssd_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 4), d_state=6, mlp_ratio=2.0)),
     "soft": ("soft_tiny", _SOFT),
     "soft_norm": ("soft_norm_tiny", _SOFT),

@@ -95,6 +95,13 @@ class CrossConv(nn.Module):
         return self.strip1(x) + self.strip2(x)
 
 
+class InplaceGELU(nn.Module):
+    """GELU in the memory of its input: on a CPU, fresh memory for a wide map costs more than the function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.aten.gelu_(x)
+
+
 class Interaction(nn.Module):
     """fc2(conv(gelu(fc1(norm(x))))), an inverted bottleneck on (B, H, W, dim).
 
@@ -109,7 +116,7 @@ class Interaction(nn.Module):
         dd = {"device": device, "dtype": dtype}
         self.norm = nn.BatchNorm2d(dim, **dd)
         self.fc1 = nn.Linear(dim, ratio * dim, **dd)
-        self.act = nn.GELU()
+        self.act = InplaceGELU()
         self.conv = DepthwiseConv(ratio * dim, 3, **dd)
         self.drop = nn.Dropout(drop)
         self.fc2 = nn.Linear(ratio * dim, dim, **dd) if project else nn.Identity()

@@ -57,7 +57,7 @@ def as_json(rows: list[_aot.Row]) -> list[dict]:
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--target", choices=_aot.TARGETS, action="append", help="default: all")
-    parser.add_argument("--dtype", choices=("bf16", "fp32"))
+    parser.add_argument("--dtype", choices=_aot.TYPES.values())
     parser.add_argument("--model", help="only the shapes of this model")
     parser.add_argument("--json", type=Path, help="also write the rows here")
     args = parser.parse_args(arguments)

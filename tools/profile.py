@@ -1,6 +1,10 @@
 """What models cost: parameters, GMACs, images/s, latency, peak memory; any timm name, visionbb's included.
 
     python tools/profile.py nat_tiny dinat_tiny swin_tiny_patch4_window7_224 --batch-size 8 --csv out.csv --plot out.png
+
+Of whole detectors and segmentors, given as mm configs, parameters and GMACs by part:
+
+    python tools/profile.py configs/detection/nat/mask-rcnn_nat-tiny_fpn_ms-3x_coco.py --input 1280x800
 """
 from __future__ import annotations
 
@@ -12,6 +16,7 @@ if (here := str(Path(__file__).resolve().parent)) in sys.path:
     sys.path.remove(here)
 
 import argparse
+import re
 
 import torch
 
@@ -22,9 +27,20 @@ from visionbb.profiling.plot import AXES, plot_models
 from visionbb.profiling.report import profile_table
 
 
+def show_detectors(configs: list[str], size: str) -> None:
+    """The table of mm configs; they need the extra `mm`, which nothing else here does."""
+    from visionbb.mm.flops import flops_table
+
+    if not re.fullmatch(r"[1-9]\d*x[1-9]\d*", size):
+        raise ValueError(f"--input must be WIDTHxHEIGHT in pixels, such as 1280x800, got {size!r}")
+    width, height = map(int, size.split("x"))
+    show(flops_table(configs, (height, width)))
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="timm model names")
+    parser.add_argument("models", nargs="+", help="timm model names, or mm config files (*.py)")
+    parser.add_argument("--input", default="1280x800", metavar="WxH", help="image of mm configs (default: 1280x800)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: 8)")
     parser.add_argument("--input-size", type=int, help="side in pixels (default: each model's own)")
     parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: cpu)")
@@ -42,6 +58,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--y", default="infer_samples_per_sec", choices=AXES, metavar="COLUMN", help="of the plot")
     args = parser.parse_args(argv)
 
+    if any(name.endswith(".py") for name in args.models):
+        try:
+            show_detectors(args.models, args.input)
+        except (ImportError, FileNotFoundError, ValueError) as error:
+            parser.error(str(error))
+        return
     if args.threads:
         torch.set_num_threads(args.threads)
     repeats = 3 if args.quick else args.repeats

@@ -1,6 +1,8 @@
 #!/usr/bin/env python
 """Train an image classifier: `python train/train.py --config configs/train/nat_digits.yaml`.
 
+The option `task` says what is learnt: classes, or the attention maps of a teacher that becomes the model.
+
 Every option has a default, may stand in the YAML recipe, and may be overridden on the command line (`--help` lists
 them). The output folder receives args.yaml (the resolved options, itself a recipe), summary.csv (a row an epoch), the
 checkpoints last.pth.tar and model_best.pth.tar, and, for the digits or with `--report`, report.png.

@@ -1,0 +1,6 @@
+_base_ = "cascade-mask-rcnn_dinat-s-tiny_fpn_ms-3x_coco.py"
+
+model = dict(
+    backbone=dict(model_name="dinat_s_small", drop_path_rate=0.5),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,6 @@
+_base_ = "cascade-mask-rcnn_mavit-small_fpn_ms-3x_coco.py"
+
+model = dict(
+    backbone=dict(model_name="mavit_large", drop_path_rate=0.55),
+    neck=dict(in_channels=[96, 192, 448, 640]),
+)

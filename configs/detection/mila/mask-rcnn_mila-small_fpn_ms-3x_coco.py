@@ -1,0 +1,6 @@
+_base_ = "mask-rcnn_mila-tiny_fpn_ms-3x_coco.py"
+
+model = dict(
+    backbone=dict(model_name="mila_small", drop_path_rate=0.3),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

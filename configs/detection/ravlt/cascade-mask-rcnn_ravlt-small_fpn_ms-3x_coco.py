@@ -1,0 +1,16 @@
+_base_ = [
+    "../_base_/models/cascade-mask-rcnn_fpn.py",
+    "../_base_/datasets/coco_instance_ms.py",
+    "../_base_/schedules/3x.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        model_name="ravlt_small",
+        pretrained=True,
+        drop_path_rate=0.15,
+        norm_eval=True,
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

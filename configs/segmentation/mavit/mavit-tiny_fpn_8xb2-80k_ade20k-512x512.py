@@ -1,0 +1,16 @@
+_base_ = [
+    "../_base_/models/fpn.py",
+    "../_base_/datasets/ade20k.py",
+    "../_base_/schedules/80k.py",
+    "../_base_/default_runtime.py",
+]
+
+model = dict(
+    backbone=dict(
+        model_name="mavit_tiny",
+        pretrained=True,
+        drop_path_rate=0.1,
+        norm_eval=True,
+    ),
+    neck=dict(in_channels=[64, 128, 256, 512]),
+)

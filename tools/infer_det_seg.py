@@ -1,0 +1,46 @@
+"""Draw what a trained detector or segmentor finds: boxes and masks, or the segmentation, on the image.
+
+    python tools/infer_det_seg.py IMAGE --config CONFIG --checkpoint outputs/NAME_OF_CONFIG/epoch_12.pth
+"""
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+# The profile.py in this folder would shadow the standard library's `profile`, which cProfile, and so torch, imports.
+if (here := str(Path(__file__).resolve().parent)) in sys.path:
+    sys.path.remove(here)
+
+import argparse
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="image files")
+    parser.add_argument("--config", type=Path, required=True, help="config file")
+    parser.add_argument("--checkpoint", type=Path, required=True, help="checkpoint of the training run")
+    parser.add_argument("--out", type=Path, default=Path("outputs/inference"), help="folder (default: %(default)s)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, ... (default: %(default)s)")
+    parser.add_argument("--score-threshold", type=float, default=0.3, help="of the boxes drawn (default: %(default)s)")
+    args = parser.parse_args(argv)
+
+    try:
+        from visionbb.mm.config import load_config
+        from visionbb.mm.inference import draw, load_model, predict
+    except ImportError as error:
+        sys.exit(f"infer_det_seg.py: {error}")
+
+    if missing := [str(image) for image in args.images if not image.is_file()]:
+        parser.error(f"no image {missing[0]!r}")
+    try:
+        model = load_model(load_config(args.config), args.checkpoint, args.device)
+    except (FileNotFoundError, ValueError) as error:
+        parser.error(str(error))
+    for image in args.images:
+        out_file = args.out / f"{image.stem}.png"
+        draw(model, image, predict(model, image), out_file, args.score_threshold)
+        print(f"wrote {out_file}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,4 +1,4 @@
-# A small UPerNet that learns to segment handwritten digits in minutes on a CPU.
+# A small UPerNet on scenes of handwritten digits. It does not learn them yet: it stays at background alone.
 _base_ = [
     "_base_/models/upernet.py",
     "_base_/datasets/digit_scenes.py",

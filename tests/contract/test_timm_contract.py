@@ -15,7 +15,7 @@ from own_models import OWN
 
 SMALL = [
     "nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small", "nat_digits", "ravlt_tiny", "nalaformer_xtiny",
-    "mila_tiny", "l2vit_tiny", "care_s0", "soft_tiny", "flowformer_19l", "deit_tiny_patch16_224_agent",
+    "mila_tiny", "l2vit_tiny", "care_s0", "soft_tiny", "deit_tiny_patch16_224_agent", "vmamba_tiny", "vssd_micro",
 ]
 CHOICE = os.environ.get("VISIONBB_CONTRACT", "").split()
 NAMES = sorted(OWN) if CHOICE == ["all"] else CHOICE or SMALL

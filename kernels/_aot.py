@@ -26,6 +26,7 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TYPES = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
+POINTED = TYPES | {torch.int32: "i32", torch.int64: "i64"}
 MATRIX_INSTRUCTIONS = {"wgmma": r"wgmma\.mma_async", "mma.sync": r"mma\.sync", "mfma": r"v_mfma"}
 
 
@@ -86,7 +87,7 @@ def source(launch: Launch) -> ASTSource:
         if isinstance(value, torch.Tensor) or (specialize and value % 16 == 0):
             attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, torch.Tensor):
-            return f"*{TYPES[value.dtype]}"
+            return f"*{POINTED[value.dtype]}"
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     for i, parameter in enumerate(launch.kernel.params):

@@ -74,7 +74,8 @@ def resolve(x: torch.Tensor, triton_refuses: str | None) -> str:
 
     Args:
         x: an input of the op; its device decides under "auto".
-        triton_refuses: why the op's Triton kernels cannot take these arguments, or None if they can.
+        triton_refuses: why the op's Triton kernels cannot take these arguments, or None if they can; whether there is
+            a Triton at all is decided here.
 
     Raises:
         RuntimeError: "triton" was asked for by name where it cannot run.
@@ -93,4 +94,4 @@ def resolve(x: torch.Tensor, triton_refuses: str | None) -> str:
         if triton_refuses:
             raise RuntimeError(f"backend 'triton' was asked for, but {triton_refuses}")
         return choice
-    return "triton" if x.is_cuda and has_triton() and not triton_refuses else "portable"
+    return "triton" if x.is_cuda and not triton_refuses and has_triton() else "portable"

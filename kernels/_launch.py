@@ -12,6 +12,8 @@ if TYPE_CHECKING:
     from triton.backends.compiler import GPUTarget
     from triton.runtime.jit import JITFunction
 
+PROGRAMS = 1024  # of a launch, that keep any GPU busy
+
 
 class Launch(NamedTuple):
     kernel: JITFunction
@@ -44,3 +46,13 @@ def _target(device: torch.device) -> GPUTarget:
     from triton.runtime import driver
 
     return driver.active.get_current_target()
+
+
+def shares(tokens: int, chunk: int, programs: int, least: int) -> tuple[int, int]:
+    """Into how many shares a sum over tokens is split, and the tokens of each, a multiple of `chunk`.
+
+    No more than make PROGRAMS of the `programs` that there are without a split, nor of fewer than `least` tokens.
+    """
+    splits = max(1, tokens // max(-(-tokens * programs // PROGRAMS), least))
+    share = -(-tokens // (splits * chunk)) * chunk
+    return -(-tokens // share), share

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, has_triton, reference_chosen, resolve
+from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -105,7 +105,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dil
 # ---- Registration: custom ops, fakes, autograd, FLOPs ---------------------------------------------------------------
 
 def _path(x):
-    if resolve(x, refuses(x) if has_triton() else "triton is missing") == "triton":
+    if resolve(x, refuses(x)) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, has_triton, reference_chosen, resolve
+from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from ..rotary import Rotary
@@ -130,8 +130,7 @@ def _form(feature_map, normalizer, scale, eps, span, ratio) -> Form:
 
 
 def _path(q, v, form: Form):
-    refusal = refuses(q, v, form) if has_triton() else "triton is missing"
-    if resolve(q, refusal) == "triton":
+    if resolve(q, refuses(q, v, form)) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

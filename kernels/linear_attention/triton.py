@@ -17,7 +17,8 @@ import torch
 import triton
 import triton.language as tl
 
-from .._launch import Launch
+from .._launch import Launch, shares
+from .._product import product
 from ..rotary.triton import rotation, table, turned
 from .form import Form
 from .state import empty_state
@@ -29,7 +30,6 @@ SIZES = ["N", "W", "heads", "images", "tiles", "splits", "share", "half"]
 TILE = 64  # tokens of a program that owns a tile: the rows of Hopper's matrix instruction
 SMALL_TILE = 32  # where numbers of several parts and wide values would not leave registers for more
 CHUNK = 32  # tokens that a program of the sums meets at a time
-PROGRAMS = 1024  # of the sums, that keep any GPU busy
 
 
 # ---- Tokens and channels --------------------------------------------------------------------------------------------
@@ -71,26 +71,6 @@ def _matrix(packed, d, e, D: tl.constexpr, V: tl.constexpr):
 
 
 # ---- Arithmetic -----------------------------------------------------------------------------------------------------
-
-@triton.jit
-def _product(a, b, total, PARTS: tl.constexpr):
-    """total + a @ b on the matrix units, whose only format with the range of float32 is bfloat16 on every GPU.
-
-    A float16 number is a sum of two of bfloat16, a float32 number of three; products below the last bit are left out.
-    """
-    a1, b1 = a.to(tl.bfloat16), b.to(tl.bfloat16)
-    if PARTS > 1:
-        a, b = a.to(tl.float32) - a1.to(tl.float32), b.to(tl.float32) - b1.to(tl.float32)
-        a2, b2 = a.to(tl.bfloat16), b.to(tl.bfloat16)
-        if PARTS > 2:
-            a3, b3 = (a - a2.to(tl.float32)).to(tl.bfloat16), (b - b2.to(tl.float32)).to(tl.bfloat16)
-            total = tl.dot(a3, b1, total)
-            total = tl.dot(a1, b3, total)
-            total = tl.dot(a2, b2, total)
-        total = tl.dot(a2, b1, total)
-        total = tl.dot(a1, b2, total)
-    return tl.dot(a1, b1, total)
-
 
 @triton.jit
 def _features(x, FEATURES: tl.constexpr):
@@ -154,7 +134,7 @@ def _attended(
         phi = _features(_load(q, q_strides, image, row, col, head, d, D), FEATURES)
         total += tl.sum(phi * _vector(state + D * V, d, D)[None, :], 1)
         phi = _turned(phi, turns, half, row, col, head, d, D, RUN, False)
-        num = _product(phi, _matrix(state, d, e, D, V), num, PARTS)
+        num = product(phi, _matrix(state, d, e, D, V), num, PARTS)
     return num * scale, total * scale
 
 
@@ -203,7 +183,7 @@ def sums_kernel(
         of_vector = weight if vector_weight is None else one * tl.load(vector_weight + index)
         key += phi * of_vector[:, None]
         phi = _turned(phi, turns, half, row, col, head, d, D, RUN, False) * weight[:, None]
-        kv = _product(tl.trans(phi), values, kv, PARTS)
+        kv = product(tl.trans(phi), values, kv, PARTS)
 
     partial += ((split * images + image) * heads + head) * (D * V + D + (V if VALUE else 0))
     tl.store(partial + d[:, None] * V + e[None, :], kv * mean, mask=(d < D)[:, None] & (e < V)[None, :])
@@ -297,7 +277,7 @@ def query_gradient_kernel(
     for start in range(0, D, BLOCK_D):
         d = start + tl.arange(0, BLOCK_D)
         matrix = tl.trans(_matrix(state, d, e, D, V))
-        dphi = _product(dy, matrix, tl.zeros([TOKENS, BLOCK_D], tl.float32), PARTS) * factor[:, None]
+        dphi = product(dy, matrix, tl.zeros([TOKENS, BLOCK_D], tl.float32), PARTS) * factor[:, None]
         dphi = _turned(dphi, turns, half, row, col, head, d, D, RUN, True)
         dphi = scale * (dphi + dtotal[:, None] * _vector(state + D * V, d, D)[None, :])
         if FEATURES != "identity":
@@ -325,7 +305,7 @@ def key_gradient_kernel(
         d = start + tl.arange(0, BLOCK_D)
         matrix = _matrix(dstate, d, e, D, V)
         phi = _features(_load(k, k_strides, image, row, col, head, d, D), FEATURES)
-        dphi = _product(values, tl.trans(matrix), tl.zeros([TOKENS, BLOCK_D], tl.float32), PARTS)
+        dphi = product(values, tl.trans(matrix), tl.zeros([TOKENS, BLOCK_D], tl.float32), PARTS)
         dphi = _turned(dphi, turns, half, row, col, head, d, D, RUN, True)
         dphi += _vector(dstate + D * V, d, D)[None, :]
         gradient = _through_features(dphi, phi, FEATURES)
@@ -333,7 +313,7 @@ def key_gradient_kernel(
             dweight += tl.sum(dphi * phi, 1)
             gradient *= weight[:, None]
         _store(dk, gradient, index, exists, d, D)
-        dvalues = _product(_turned(phi, turns, half, row, col, head, d, D, RUN, False), matrix, dvalues, PARTS)
+        dvalues = product(_turned(phi, turns, half, row, col, head, d, D, RUN, False), matrix, dvalues, PARTS)
     if key_weight is not None:
         tl.store(dkey_weight + index, dweight.to(dkey_weight.dtype.element_ty), mask=exists)
         dvalues *= weight[:, None]
@@ -389,9 +369,7 @@ def sums_launch(
     N, D, V = (arguments[name] for name in ("N", "D", "V"))
     programs = x.shape[0] * x.shape[3] * triton.cdiv(D, arguments["BLOCK_D"])
     # Partial sums are at most an eighth of what is read, in 16 bits.
-    splits = max(1, N // max(triton.cdiv(N * programs, PROGRAMS), 8 * max(D, V)))
-    share = triton.cdiv(triton.cdiv(N, splits), CHUNK) * CHUNK
-    splits = triton.cdiv(N, share)
+    splits, share = shares(N, CHUNK, programs, 8 * max(D, V))
     state = empty_state(x, y, form)
     partial = state.new_empty(splits, *state.shape)
     arguments |= _read(x=x, y=y, gate=gate) | dict(

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import exporting, has_triton, reference_chosen, resolve
+from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -205,8 +205,7 @@ def _window(kernel, dilation, stride, causal, disc, clip) -> Window:
 
 
 def _path(q, k, v, rpb, window):
-    refusal = refuses(q, k, v, rpb, window) if has_triton() else "triton is missing"
-    if resolve(q, refusal) == "triton":
+    if resolve(q, refuses(q, k, v, rpb, window)) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

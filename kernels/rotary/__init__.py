@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, has_triton, reference_chosen, resolve
+from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -46,7 +46,7 @@ def rotary2d(x: torch.Tensor, rotary: Rotary, inverse: bool = False) -> torch.Te
 )
 def _op(x, span, ratio, inverse):
     path = portable
-    if resolve(x, refuses(x) if has_triton() else "triton is missing") == "triton":
+    if resolve(x, refuses(x)) == "triton":
         from . import triton as path  # compiles a kernel: only where it runs
     return path.rotary2d(x, Rotary(span, ratio), inverse)
 

@@ -18,6 +18,7 @@ from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
+from .limits import refuses, refuses_lines
 from .routes import MERGES, table
 
 __all__ = ["linear_scan", "scan_routes", "selective_scan", "ss2d"]
@@ -225,15 +226,15 @@ def scan_routes(
             column-major), "snake_row" and "snake_column" (there and back), "window<side>" (windows in row-major
             order, and so the tokens inside; LocalMamba) and "window<side>_column". Single routes also take
             "_reversed".
-        H, W: sides of the map. Where windows or steps do not divide them, the map is padded on the right and below;
-            the ends of shorter routes are padded too (-1, see `ss2d`).
+        H, W: sides of the map. Where windows or steps do not divide them, larger ones included, the map is padded on
+            the right and below; the ends of shorter routes are padded too (-1, see `ss2d`).
         device: of the table. Tables are kept and returned again: do not write to them.
 
     Returns:
         (K, steps) int32.
 
     Raises:
-        ValueError: an unknown name, or a map smaller than a window or a step.
+        ValueError: an unknown name, or a side or a step below 1.
     """
     names = (routes,) if isinstance(routes, str) else tuple(routes)
     recording = exporting() or torch.compiler.is_compiling() or torch.jit.is_tracing()
@@ -278,9 +279,16 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _portable(x: torch.Tensor):
-    """Runs a body on the portable path, in the types that it chooses itself."""
-    resolve(x, "the scans have no kernels of their own")
+def _path(x: torch.Tensor, refusal: str | None):
+    if resolve(x, refusal) == "triton":
+        from . import triton  # compiles kernels: only where they run
+
+        return triton
+    return portable
+
+
+def _own_types(x: torch.Tensor):
+    """Runs a body in the types that it chooses itself."""
     return torch.autocast(x.device.type, enabled=False)
 
 
@@ -303,7 +311,7 @@ def _register(name: str, tensors: str, options: str, results: int, forward, fake
     )
     def backward_op(*args):
         inputs = args[results : results + grads]
-        with _portable(inputs[0]):
+        with _own_types(inputs[0]):
             found = backward(*args)
         return tuple(
             inputs[0].new_empty(0) if x is None else grad.reshape(x.shape).to(x.dtype).contiguous()
@@ -336,15 +344,15 @@ def _flat(x: torch.Tensor | None, wide: torch.dtype, keep: int) -> torch.Tensor 
 
 
 def _linear_scan(a, b, h0, reverse):
-    wide = _wide(b)
-    with _portable(b):
-        return portable.linear_scan(_flat(a, wide, 2), _flat(b, wide, 2), _flat(h0, wide, 1), reverse).view(b.shape)
+    wide, path = _wide(b), _path(b, refuses(b))
+    with _own_types(b):
+        return path.linear_scan(_flat(a, wide, 2), _flat(b, wide, 2), _flat(h0, wide, 1), reverse).view(b.shape)
 
 
 def _linear_scan_backward(dh, a, b, h0, reverse):
-    wide = _wide(b)
+    wide, path = _wide(b), _path(b, refuses(b))
     a, b, h0, dh = _flat(a, wide, 2), _flat(b, wide, 2), _flat(h0, wide, 1), _flat(dh, wide, 2)
-    return portable.linear_scan_backward(dh, a, b, h0, reverse)
+    return path.linear_scan_backward(dh, a, b, h0, reverse)
 
 
 _register(
@@ -355,9 +363,17 @@ _register(
 )
 
 
-def _selective_scan(u, *args):
-    with _portable(u):
-        return portable.selective_scan(u, *args)
+def _sequence_path(u, delta, A, B, *_):
+    return _path(u, refuses_lines(u, B.shape[2], u.shape[1], A.shape[1], 0))
+
+
+def _selective_scan(*args):
+    with _own_types(args[0]):
+        return _sequence_path(*args).selective_scan(*args)
+
+
+def _selective_scan_backward(dout, dstate, *args):
+    return _sequence_path(*args).selective_scan_backward(dout, dstate, *args)
 
 
 def _selective_scan_fake(u, delta, A, *_):
@@ -368,7 +384,7 @@ _register(
     "selective_scan",
     "Tensor u, Tensor delta, Tensor A, Tensor B, Tensor C, Tensor? D, Tensor? delta_bias",
     "bool delta_softplus, bool reverse", 2,
-    _selective_scan, _selective_scan_fake, portable.selective_scan_backward,
+    _selective_scan, _selective_scan_fake, _selective_scan_backward,
 )
 
 
@@ -376,10 +392,19 @@ def _ss2d_shape(x, routes, merge: str) -> tuple[int, ...]:
     return (*x.shape[:-1], len(routes), x.shape[-1]) if merge == "stack" else x.shape
 
 
+def _map_path(x, proj, dt_weight, dt_bias, A, D, routes, *_):
+    return _path(x, refuses_lines(x, *routes.shape, A.shape[2], dt_weight.shape[2]))
+
+
 def _ss2d(x, proj, dt_weight, dt_bias, A, D, routes, merge, permute):
-    with _portable(x):
-        out = portable.ss2d(x, proj, dt_weight, dt_bias, A, D, routes, merge, permute)
+    args = x, proj, dt_weight, dt_bias, A, D, routes, merge, permute
+    with _own_types(x):
+        out = _map_path(*args).ss2d(*args)
     return out.view(_ss2d_shape(x, routes, merge))
+
+
+def _ss2d_backward(dout, *args):
+    return _map_path(*args).ss2d_backward(dout, *args)
 
 
 def _ss2d_fake(x, proj, dt_weight, dt_bias, A, D, routes, merge, permute):
@@ -390,12 +415,13 @@ _register(
     "ss2d",
     "Tensor x, Tensor proj, Tensor dt_weight, Tensor? dt_bias, Tensor A, Tensor? D, Tensor routes",
     "str merge, str permute", 1,
-    _ss2d, _ss2d_fake, portable.ss2d_backward,
+    _ss2d, _ss2d_fake, _ss2d_backward,
 )
 
 
 # The convention of the papers, in multiply-adds: 9 a state, for the exponential, the recurrence and the products around
-# it; one a channel for D; and what the time steps' projection has. A backward pass counts twice its forward pass.
+# it; one a channel for D; and what the time steps' projection has, once for routes that share its weights. A backward
+# pass counts twice its forward pass.
 
 def _selective_scan_flops(u, delta, A, B, C, D, *_, out_shape=None):
     batch, length, channels = u
@@ -403,7 +429,8 @@ def _selective_scan_flops(u, delta, A, B, C, D, *_, out_shape=None):
 
 
 def _ss2d_flops(x, proj, dt_weight, dt_bias, A, D, routes, *_, out_shape=None):
-    return 2 * x[0] * routes[0] * routes[1] * x[-1] * (9 * A[2] + (D is not None) + dt_weight[2])
+    scans = routes[0] * (9 * A[2] + (D is not None))
+    return 2 * x[0] * routes[1] * x[-1] * (scans + dt_weight[0] * dt_weight[2])
 
 
 register_flops(

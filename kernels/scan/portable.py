@@ -1,9 +1,9 @@
 """The scans in plain PyTorch, forward and backward, on channels-last tokens.
 
-All of them are the recurrence h_t = a_t h_{t-1} + b_t over (rows, channels) slabs, one state number at a time: with N
-states, N recurrences share the time steps. A slab is a few images of one route, small enough for the caches, and every
-slab reuses the buffers of the one before. Rows and columns of a map, from any corner, are scanned where they lie; other
-routes are gathered and put back.
+All of them are the recurrence h_t = a_t h_{t-1} + b_t over (rows, channels) slabs: with N states, N recurrences share
+the time steps, one by one or, forward and of small maps, several side by side. A slab is a few images of one route,
+small enough for the caches, and every slab reuses the buffers of the one before. Rows and columns of a map, from any
+corner, are scanned where they lie; other routes are gathered and put back.
 
 A long recurrence goes in two levels: many runs side by side, then the states that each run starts from.
 """
@@ -102,11 +102,13 @@ class Scratch:
         """A buffer (n, rows, D)."""
         return self._flat(name, n * rows * self.D)[: n * rows * self.D].view(n, rows, self.D)
 
-    def recurrence(self, name: str, n: int, rows: int, layout: Layout) -> Recurrence:
-        key = name, n, rows, layout
+    def recurrence(self, name: str, n: int, rows: int, layout: Layout, states: int = 1) -> Recurrence:
+        """Over buffers (n, rows, states * D)."""
+        key = name, n, rows, layout, states
         if key not in self.recurrences:
-            a, b = (self._flat(f"{name} {part}", n * layout.rows * self.D) for part in "ab")
-            self.recurrences[key] = Recurrence(a, b, n, rows, self.D, layout)
+            D = states * self.D
+            a, b = (self._flat(f"{name} {part}", n * layout.rows * D) for part in "ab")
+            self.recurrences[key] = Recurrence(a, b, n, rows, D, layout)
         return self.recurrences[key]
 
 
@@ -143,19 +145,27 @@ def _decay(slab: Slab, n: int, into: torch.Tensor) -> None:
 
 
 def add_output(slab: Slab, y: torch.Tensor, scratch: Scratch, state: torch.Tensor | None = None) -> None:
-    """y (n, rows, D) += C . h + D x; `state` (n, D, N), if given, becomes the last one."""
+    """y (n, rows, D) += C . h + D x; `state` (n, D, N), if given, becomes the last one.
+
+    As many states as a buffer holds go side by side: of a small map, a call costs more than what it computes.
+    """
     if slab.D is not None:
         y.addcmul_(slab.x, slab.D)
-    n, rows, _ = slab.x.shape
-    scan = scratch.recurrence("scan", n, rows, slab.layout)
-    dtx = torch.mul(slab.dt, slab.x, out=scratch("dtx", n, rows))
-    for i in range(len(slab.A)):
-        _decay(slab, i, scan.a)
-        torch.mul(dtx, slab.B[..., i : i + 1], out=scan.b)
+    n, rows, D = slab.x.shape
+    dt, dtx = slab.dt[:, :, None], torch.mul(slab.dt, slab.x, out=scratch("dtx", n, rows))[:, :, None]
+    A, B, C = slab.A * LOG2E, slab.B[..., None], slab.C[..., None]
+    for group in parts(len(A), slab.x.numel()):
+        states = len(A[group])
+        scan = scratch.recurrence("scan", n, rows, slab.layout, states)
+        a, b = (x.view(n, rows, states, D) for x in (scan.a, scan.b))
+        torch.mul(dt, A[group], out=a)
+        a.exp2_()
+        torch.mul(dtx, B[:, :, group], out=b)
         scan.run(slab.back)
-        y.addcmul_(scan.b, slab.C[..., i : i + 1])
+        for i in range(states):
+            y.addcmul_(b[:, :, i], C[:, :, group.start + i])
         if state is not None:
-            state[..., i] = scan.b[:, slab.last]
+            state[..., group] = b[:, slab.last].transpose(1, 2)
 
 
 def gradients(
@@ -210,10 +220,10 @@ def gradients(
     return dx, ddt
 
 
-def parts(images: int, size: int) -> Iterator[slice]:
-    """Slices of a batch whose images have `size` values of a buffer each."""
+def parts(count: int, size: int) -> Iterator[slice]:
+    """Slices of images, or of states, that have `size` values of a buffer each."""
     n = max(1, SLAB // size)
-    return (slice(i, i + n) for i in range(0, images, n))
+    return (slice(i, i + n) for i in range(0, count, n))
 
 
 # ---- ss2d -----------------------------------------------------------------------------------------------------------

@@ -35,7 +35,6 @@ def _padded(grid: torch.Tensor, multiple: int) -> torch.Tensor:
 
 def _single(name: str, grid: torch.Tensor) -> torch.Tensor:
     """One route by its name."""
-    H, W = grid.shape
     parts = GRAMMAR.fullmatch(name)
     if parts is None:
         raise ValueError(
@@ -48,8 +47,6 @@ def _single(name: str, grid: torch.Tensor) -> torch.Tensor:
     if "column" in base:
         grid = grid.t()
     if side:
-        if side > min(H, W):
-            raise ValueError(f"{name!r} needs a map of at least {side}x{side}, got {H}x{W}")
         grid = _padded(grid, side)
         grid = grid.unflatten(1, (-1, side)).unflatten(0, (-1, side)).transpose(1, 2)
     elif "snake" in base:
@@ -61,8 +58,8 @@ def _single(name: str, grid: torch.Tensor) -> torch.Tensor:
 
 def _atrous(step: int, grid: torch.Tensor) -> list[torch.Tensor]:
     """The step * step sub-grids, row-major and column-major in turns; the next sub-grid is one row down."""
-    if step < 1 or step > min(grid.shape):
-        raise ValueError(f"atrous{step} needs a step from 1 to the map's sides {grid.shape[0]}x{grid.shape[1]}")
+    if step < 1:
+        raise ValueError(f"'atrous{step}': a step must be at least 1")
     grid = _padded(grid, step)
     parts = [grid[i::step, j::step] for j in range(step) for i in range(step)]
     return [(part.t() if k % 2 else part).flatten() for k, part in enumerate(parts)]

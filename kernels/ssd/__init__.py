@@ -12,6 +12,7 @@ from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
+from .limits import refuses
 
 __all__ = ["ssd"]
 
@@ -80,6 +81,8 @@ def ssd(
             raise TypeError(f"{name} must be {x.dtype} like x{' or float32' * parameter}, got {t.dtype}")
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
+    if causal:
+        resolve(x, "the causal form of ssd has no kernels")  # an error if they were asked for
     map_ = x.shape[1:-2]
     if reference_chosen() or causal or exporting():
         tokens = _tokens(x, dt, A, B, C, D)
@@ -96,20 +99,27 @@ def ssd(
 _TENSORS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D"
 
 
-def _portable(x: torch.Tensor):
-    """Runs a body on the portable path, in the types that it chooses itself."""
-    resolve(x, "ssd has no kernels of its own")
-    return torch.autocast(x.device.type, enabled=False)
+def _path(x, B):
+    if resolve(x, refuses(x, B)) == "triton":
+        from . import triton  # compiles kernels: only where they run
+
+        return triton
+    return portable
 
 
 def _tokens(x, dt, A, B, C, D):
     return x.flatten(1, -3), dt.flatten(1, -2), A, B.flatten(1, -3), C.flatten(1, -3), D
 
 
+def _own_types(x):
+    """Autocast must not narrow what a path computes in types of its choice."""
+    return torch.autocast(x.device.type, enabled=False)
+
+
 @torch.library.custom_op("visionbb::ssd", mutates_args=(), schema=f"({_TENSORS}) -> Tensor")
-def _op(x, *rest):
-    with _portable(x):
-        return portable.ssd(*_tokens(x, *rest)).view(x.shape)
+def _op(x, dt, A, B, C, D):
+    with _own_types(x):
+        return _path(x, B).ssd(*_tokens(x, dt, A, B, C, D)).view(x.shape)
 
 
 @_op.register_fake
@@ -120,12 +130,13 @@ def _(x, *_):
 @torch.library.custom_op(
     "visionbb::ssd_backward", mutates_args=(), schema=f"(Tensor dout, {_TENSORS}) -> ({', '.join(['Tensor'] * 6)})"
 )
-def _backward_op(dout, x, *rest):
-    with _portable(x):
-        grads = portable.ssd_backward(dout.flatten(1, -3), *_tokens(x, *rest))
+def _backward_op(dout, *inputs):
+    x, _, _, B, _, _ = inputs
+    with _own_types(x):
+        grads = _path(x, B).ssd_backward(dout.flatten(1, -3), *_tokens(*inputs))
     return tuple(
         x.new_empty(0) if t is None else grad.view(t.shape).to(t.dtype)
-        for grad, t in zip(grads, (x, *rest), strict=True)
+        for grad, t in zip(grads, inputs, strict=True)
     )
 
 

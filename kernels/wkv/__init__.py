@@ -9,6 +9,7 @@ from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
+from .limits import refuses
 
 __all__ = ["bi_wkv"]
 
@@ -59,16 +60,23 @@ def bi_wkv(w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *
 
 # ---- Registration: custom ops, fakes, autograd, FLOPs ---------------------------------------------------------------
 
-def _portable(v: torch.Tensor):
-    """Runs a body on the portable path, in the types that it chooses itself."""
-    resolve(v, "bi_wkv has no kernels of its own")
+def _path(v, eps):
+    if resolve(v, refuses(v, eps)) == "triton":
+        from . import triton  # compiles kernels: only where they run
+
+        return triton
+    return portable
+
+
+def _own_types(v):
+    """Autocast must not narrow what a path computes in types of its choice."""
     return torch.autocast(v.device.type, enabled=False)
 
 
 @torch.library.custom_op("visionbb::bi_wkv", mutates_args=())
 def _op(w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
-    with _portable(v):
-        return portable.bi_wkv(w, u, k.flatten(1, -2), v.flatten(1, -2), eps).view(v.shape)
+    with _own_types(v):
+        return _path(v, eps).bi_wkv(w, u, k.flatten(1, -2), v.flatten(1, -2), eps).view(v.shape)
 
 
 @_op.register_fake
@@ -80,8 +88,8 @@ def _(w, u, k, v, eps):
 def _backward_op(
     dout: torch.Tensor, w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with _portable(v):
-        grads = portable.bi_wkv_backward(dout.flatten(1, -2), w, u, k.flatten(1, -2), v.flatten(1, -2), eps)
+    with _own_types(v):
+        grads = _path(v, eps).bi_wkv_backward(dout.flatten(1, -2), w, u, k.flatten(1, -2), v.flatten(1, -2), eps)
     return tuple(grad.view(x.shape).to(x.dtype) for grad, x in zip(grads, (w, u, k, v), strict=True))
 
 

@@ -1,8 +1,9 @@
 """Bidirectional WKV in plain PyTorch: a numerator and a denominator, each summed up once from either end.
 
 With x_i = k_i + i w, the sums up to a token are e^{-(t - 1) w} times those of e^{x_i} v_i and e^{x_i}, whatever the
-token. They are kept relative to the running maximum r of x: a sum of terms e^{x_i - r_t} at most 1, which decays by
-e^{r_{t-1} - r_t} where the maximum grows (a cumulative sum where it does not). Nothing overflows, no rounding adds up.
+token. Where decays are mild, as in trained models, running sums of these will do, relative to the largest key of a
+channel (`_mild`). Otherwise they are kept relative to the running maximum r of x: a sum of terms e^{x_i - r_t} at most
+1, which decays by e^{r_{t-1} - r_t} where the maximum grows. Nothing overflows, no rounding adds up.
 """
 from __future__ import annotations
 
@@ -15,6 +16,7 @@ import torch
 from ..scan.portable import LOG2E, Recurrence, Scratch, parts, shift
 from ..scan.routes import Layout
 
+# ---- Decays of any size ---------------------------------------------------------------------------------------------
 
 class Side(NamedTuple):
     """The sums over the tokens before (or behind) each token."""
@@ -76,6 +78,63 @@ def _sums(w, u, k, v, eps: float, scratch: Scratch) -> Sums:
     return Sums(sides, weights, den, num.div_(den))
 
 
+# ---- Mild decays ----------------------------------------------------------------------------------------------------
+
+MILD = 40  # exponents to base 2: float32 holds all weights, and what it loses is below 2^-60 of a sum
+
+
+def _is_mild(w: torch.Tensor, u: torch.Tensor, length: int) -> bool:
+    return bool(torch.maximum(w.abs() * length, u.abs()).amax() * LOG2E < MILD)
+
+
+def _accumulate(x: torch.Tensor, back: bool) -> None:
+    """Running sums along the line that the runs of x (n, runs, T, C) make up, in place; from its end if `back`."""
+    steps = x.unbind(2)[:: -1 if back else 1]
+    for before, here in itertools.pairwise(steps):
+        here.add_(before)
+    left = steps[-1].clone()  # (n, runs, C)
+    for before, here in itertools.pairwise(left.unbind(1)[:: -1 if back else 1]):
+        here.add_(before)
+    earlier, later = shift(back)
+    x[:, later].add_(left[:, earlier, None])
+
+
+def _mild(w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
+    """The op where `_is_mild`, w and u wide: all images share the positions' exponentials."""
+    _, L, C = v.shape
+    out, scratch = v.new_empty(v.shape), Scratch(w, C)
+    position = torch.arange(L, device=w.device, dtype=w.dtype)[:, None] - L / 2  # around 0: the smallest exponents
+    rise, fall = torch.exp(position * w), torch.exp(-position * w)
+    step, own = torch.exp(w), torch.exp(u)
+    sides = (False, rise, fall * step), (True, fall, rise * step)  # factors of a key, and of a sum of them
+    T = max(1, round(L**0.5))
+    runs = -(-L // T)
+    for part in parts(len(v), 4 * L * C):  # that many buffers at a time
+        values = v[part].to(w.dtype)
+        n = len(values)
+        key = scratch("key", n, L).copy_(k[part]).mul_(LOG2E)
+        top = key.amax(1, keepdim=True)
+        key.sub_(top).exp2_()
+        product = torch.mul(key, values, out=scratch("product", n, L))
+        num = torch.mul(product, own, out=scratch("num", n, L))
+        den = torch.mul(key, own, out=scratch("den", n, L))
+        if eps:
+            den.add_(top.neg_().exp2_().mul_(eps))
+        sums = scratch("sums", 2 * n, runs * T)
+        for back, factor, weight in sides:
+            torch.mul(product, factor, out=sums[:n, :L])
+            torch.mul(key, factor, out=sums[n:, :L])
+            sums[:, L:] = 0
+            _accumulate(sums.unflatten(1, (runs, T)), back)
+            earlier, later = shift(back)
+            for total, found in ((num, sums[:n, :L]), (den, sums[n:, :L])):
+                total[:, later].addcmul_(weight[later], found[:, earlier])
+        torch.div(num, den, out=out[part])
+    return out
+
+
+# ---- The op ---------------------------------------------------------------------------------------------------------
+
 def _images(k: torch.Tensor, v: torch.Tensor, wide: torch.dtype) -> Iterator[tuple]:
     for part in parts(len(k), k[0].numel()):
         yield part, k[part].to(wide), v[part].to(wide)
@@ -84,8 +143,10 @@ def _images(k: torch.Tensor, v: torch.Tensor, wide: torch.dtype) -> Iterator[tup
 def bi_wkv(w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
     """The op without autograd: k, v (B, L, C), out like v."""
     wide = torch.promote_types(v.dtype, torch.float32)
-    w, u, out = w.to(wide), u.to(wide), v.new_empty(v.shape)
-    scratch = Scratch(w, v.shape[2])
+    w, u = w.to(wide), u.to(wide)
+    if _is_mild(w, u, v.shape[1]):
+        return _mild(w, u, k, v, eps)
+    out, scratch = v.new_empty(v.shape), Scratch(w, v.shape[2])
     for part, keys, values in _images(k, v, wide):
         out[part] = _sums(w, u, keys, values, eps, scratch).out
     return out

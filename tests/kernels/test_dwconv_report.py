@@ -20,7 +20,13 @@ if os.environ.get("TRITON_INTERPRET") != "1":
     from visionbb.kernels.dwconv.report import Shape, cases, launches
 
 
-@pytest.mark.parametrize("name", ["ravlt_tiny", "mavit_large", "nalaformer_xtiny"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "ravlt_tiny", "mavit_large", "nalaformer_xtiny", "care_s0", "care_s1", "care_s2", "mila_base", "l2vit_tiny",
+        "vmamba_base", "vmamba_tiny_s2l5", "vanilla_vmamba_base", "vssd_micro", "vssd_tiny", "vssd_base",
+    ],
+)
 def test_layers_of_a_model_are_listed(name):
     with torch.device("meta"):
         model = timm.create_model(name).eval()

@@ -91,7 +91,9 @@ def test_shapes_share_binaries(monkeypatch):
 
 def test_cases_cover_every_model_and_map():
     listed = list(cases())
-    assert {case.op for case in _aot.cases()} >= {"neighborhood", "dwconv", "linear_attention", "rotary2d"}
+    assert {case.op for case in _aot.cases()} >= {
+        "neighborhood", "dwconv", "linear_attention", "rotary2d", "ssd", "bi_wkv", "scan"
+    }
     assert {case.dtype for case in listed} == {"bf16", "fp32"}
     for maps in MAPS:
         for side in maps.sides:

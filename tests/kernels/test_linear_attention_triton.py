@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionbb.kernels import Rotary, linear_attention, use
+from visionbb.kernels._launch import PROGRAMS
 from visionbb.kernels.linear_attention import reference
 from visionbb.kernels.linear_attention.form import FEATURE_MAPS, NORMALIZERS, Form
 from visionbb.kernels.linear_attention.limits import refuses
@@ -237,7 +238,7 @@ def test_shares_cover_the_tokens_and_keep_the_gpu_busy(B, H, W, heads, d):
     splits, share = launch.arguments["splits"], launch.arguments["share"]
     assert (splits - 1) * share < H * W <= splits * share
     assert len(partial) == splits
-    assert launch.programs >= min(kernels.PROGRAMS // 2, B * heads * (H * W // (16 * d)))
+    assert launch.programs >= min(PROGRAMS // 2, B * heads * (H * W // (16 * d)))
     assert splits == 1 or partial.numel() * 4 <= (x.numel() + y.numel()) * 2 / 7
 
 

@@ -28,6 +28,8 @@ sides = st.integers(1, 13)
         ("window2_reversed", [[-1, 5, -1, 2, 4, 3, 1, 0]]),
         ("atrous2", [[0, 2], [3, 5], [1, -1], [4, -1]]),
         ("atrous1", [[0, 1, 2, 3, 4, 5]]),
+        ("window3", [[0, 1, 2, 3, 4, 5, -1, -1, -1]]),
+        ("atrous3", [[0], [3], [-1], [1], [4], [-1], [2], [5], [-1]]),
         ("bidirectional", [[0, 1, 2, 3, 4, 5], [5, 4, 3, 2, 1, 0]]),
         (("column", "window2"), [[0, 3, 1, 4, 2, 5, -1, -1], [0, 1, 3, 4, 2, -1, 5, -1]]),
     ],
@@ -54,8 +56,6 @@ def test_snakes_move_one_step_at_a_time():
 @given(st.sampled_from(["cross", "bidirectional", "snake", "row", "window1", "window2_column"]), sides, sides)
 @settings(deadline=None)
 def test_every_route_visits_every_token_once(name, H, W):
-    if "2" in name:
-        H, W = H + 1, W + 1
     for route in scan_routes(name, H, W):
         assert sorted(t for t in route.tolist() if t >= 0) == list(range(H * W))
 
@@ -63,7 +63,6 @@ def test_every_route_visits_every_token_once(name, H, W):
 @given(st.integers(1, 4), sides, sides)
 @settings(deadline=None)
 def test_atrous_shares_out_the_tokens(step, H, W):
-    H, W = max(H, step), max(W, step)
     table = scan_routes(f"atrous{step}", H, W)
     assert table.shape == (step**2, -(-H // step) * -(-W // step))
     assert sorted(t for t in table.flatten().tolist() if t >= 0) == list(range(H * W))
@@ -146,10 +145,8 @@ def test_scripted_modules_call_the_op():
         ("diagonal", 4, 4, r"got 'diagonal'"),
         (("row", "windows2"), 4, 4, r"got 'windows2'"),
         ("cross_reversed", 4, 4, "got 'cross_reversed'"),
-        ("window7", 6, 9, r"'window7' needs a map of at least 7x7, got 6x9"),
         ("window0", 6, 9, r"window side must be at least 1"),
-        ("atrous3", 2, 9, r"atrous3 needs a step from 1 to the map's sides 2x9"),
-        ("atrous0", 2, 9, r"atrous0 needs a step from 1"),
+        ("atrous0", 2, 9, r"'atrous0': a step must be at least 1"),
         ("row", 0, 4, "H and W must be at least 1, got 0 and 4"),
         ((), 4, 4, "at least one route"),
     ],

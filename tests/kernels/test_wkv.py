@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import math
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
 from visionbb.kernels import bi_wkv, use
+from visionbb.kernels.wkv import portable
 
 
 def tensors_of(*map_, batch=2, C=3, decay=0.3, keys=1.0, seed=0, dtype=torch.float64):
@@ -71,6 +73,19 @@ def test_float32_at_the_decays_of_trained_models():
     found = outcome([t.detach().float().requires_grad_() for t in tensors], "portable")
     for got, want in zip(found, exact):
         assert (got - want).abs().max() < 1e-5 * want.abs().max()
+
+
+@pytest.mark.parametrize("limit", [0, portable.MILD])
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_both_forms_hold_where_decays_are_mild(limit, share, monkeypatch):
+    """Running sums as they are, and those relative to a running maximum, in float32."""
+    monkeypatch.setattr(portable, "MILD", limit)
+    _, u, k, v = (t.detach().float() for t in tensors_of(9, 17, C=8, keys=4.0))
+    w = torch.linspace(-1, 1, 8) * share * math.log(2) * 40 / 153
+    exact = bi_wkv(w.double(), u.double(), k.double(), v.double())
+    with use("reference"):
+        torch.testing.assert_close(exact, bi_wkv(w.double(), u.double(), k.double(), v.double()))
+    assert (bi_wkv(w, u, k, v) - exact).abs().max() < 1e-5 * exact.abs().max()
 
 
 def test_keys_beyond_the_exponentials_range():

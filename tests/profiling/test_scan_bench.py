@@ -31,6 +31,12 @@ def test_cases():
     assert selective_scan.moved_bytes(OPS["selective_scan"].cases[0], 8, 2) == 2 * 8 * 197 * (4 * 384 + 2 * 16)
 
 
+@pytest.mark.parametrize("op", ["ss2d", "selective_scan"])
+def test_triton_needs_a_gpu(op):
+    with pytest.raises(Unavailable, match="CUDA"):
+        OPS[op].contestants["triton"].prepare(OPS[op].cases[0], torch.device("cpu"))
+
+
 def test_mamba_ssm_says_why_it_cannot_run():
     with pytest.raises(Unavailable, match="mamba_ssm"):
         OPS["selective_scan"].contestants["mamba_ssm"].prepare(selective_scan.Case(9, 8), torch.device("cpu"))

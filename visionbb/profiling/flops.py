@@ -112,7 +112,8 @@ def count_flops(model: nn.Module, input_size: int | Iterable[int], batch_size: i
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     images = torch.empty(batch_size, *image_shape(input_size), dtype=_dtype(model), device="meta")
-    model = meta_copy(model).eval()
+    # Without requires_grad: under no_grad the counter asks views of parameters for a graph that they do not have.
+    model = meta_copy(model).eval().requires_grad_(False)
     # no_grad, not inference_mode: under the latter composite ops reach the counter undivided.
     with torch.no_grad(), _Watch() as watch, FlopCounterMode(display=False) as counter:
         model(images)

@@ -47,6 +47,7 @@ class OpBench:
     Attributes:
         cases: the shapes; `str(case)` names one.
         inputs: (case, batch size, device, dtype) -> tensors, those with a batch axis (the first) before the others.
+            Gradients are those of the inputs that require one, if any do.
         batched: how many of them have one.
         reference: case -> the definition, a function of the inputs or of the first few of them.
         contestants: by name; the first is the baseline of speed-ups.
@@ -65,7 +66,8 @@ class OpBench:
 class OpResult:
     """One contestant on one case: medians in ms, speed-ups over the baseline, memory in 1e6 bytes over the inputs.
 
-    Where `note` says why a contestant was not timed, the numbers are None.
+    Where `note` says why a contestant was not timed, the numbers are None; those of training are where an op has no
+    gradient.
     """
 
     case: str
@@ -96,7 +98,7 @@ def bench_op(
 ) -> list[OpResult]:
     """Checks, then times an op's contestants on one case.
 
-    Timed is the call on ready inputs, without autograd, and forward plus backward to all inputs; not timed are
+    Timed is the call on ready inputs, without autograd, and forward plus backward to the inputs; not timed are
     index tables and masks that depend on shapes alone, which every contestant may keep. A contestant whose output or
     gradients differ from the reference is reported as wrong and not timed.
 
@@ -132,11 +134,21 @@ def bench_op(
             notes[name] = f"wrong: relative error {errors[name]:.1e}"
             continue
         forwards[name] = _forward(function, args, contestant.backend)
-        trains[name] = _train(function, args, contestant.backend)
+        if any(t.requires_grad for t in args):
+            trains[name] = _train(function, args, contestant.backend)
 
     forward = interleaved(forwards, repeats=repeats, warmup=warmup, stopwatch=watch)
     train = interleaved(trains, repeats=repeats, warmup=warmup, stopwatch=watch)
     baseline = next(iter(forward), None)
+
+    def trained(name: str) -> dict[str, float]:
+        if name not in trains:
+            return {}
+        return dict(
+            train_ms=train[name].median * 1e3,
+            train_speedup=train[baseline].median / train[name].median,
+            train_extra_mb=peak_memory(trains[name], device) / 1e6,
+        )
 
     def result(name: str) -> OpResult:
         if name not in forward:
@@ -147,13 +159,11 @@ def bench_op(
             contestant=name,
             forward_ms=seconds * 1e3,
             forward_speedup=forward[baseline].median / seconds,
-            train_ms=train[name].median * 1e3,
-            train_speedup=train[baseline].median / train[name].median,
             gbytes_per_sec=op.moved_bytes(case, batch_size, dtype.itemsize) / seconds / 1e9,
             forward_extra_mb=peak_memory(forwards[name], device) / 1e6,
-            train_extra_mb=peak_memory(trains[name], device) / 1e6,
             error=errors[name],
             note=notes.get(name, ""),
+            **trained(name),
         )
 
     return [result(name) for name in names]
@@ -167,13 +177,17 @@ def _forward(function, args, backend):
     return call
 
 
+def _differentiated(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    return [t for t in tensors if t.requires_grad]
+
+
 def _train(function, args, backend):
     with kernels.use(backend), torch.no_grad():
         dout = torch.randn_like(function(*args))
 
     def call():
         with kernels.use(backend):
-            return torch.autograd.grad(function(*args), args, dout)
+            return torch.autograd.grad(function(*args), _differentiated(args), dout)
 
     return call
 
@@ -187,23 +201,31 @@ def _error(op: OpBench, case: Any, function: Callable, args: tuple[torch.Tensor,
     ends = [0, -1] if len(args[0]) > 1 else [0]
 
     def first_and_last(tensors):
-        return [t[ends] if i < op.batched else t for i, t in enumerate(tensors)]
+        return [t[ends] if i < op.batched and t is not None else t for i, t in enumerate(tensors)]
+
+    def gradients(out, args, dout):  # one for each, None where it asks for none
+        found = iter(torch.autograd.grad(out, asked, dout) if (asked := _differentiated(args)) else ())
+        return [next(found) if t.requires_grad else None for t in args]
 
     out = function(*args)
     dout = torch.zeros_like(out)
     dout[ends] = torch.randn_like(out[ends])
-    grads = torch.autograd.grad(out, args, dout)
+    grads = first_and_last(gradients(out, args, dout))
 
-    exact = [t.detach().double().requires_grad_() for t in first_and_last(args)]
+    exact = [
+        (t.detach().double() if t.is_floating_point() else t).requires_grad_(arg.requires_grad)
+        for t, arg in zip(first_and_last(args), args, strict=True)
+    ]
     with kernels.use("reference"):
         want = op.reference(case)(*exact)
-        want_grads = torch.autograd.grad(want, exact, dout[ends].double())
-    pairs = zip([out[ends], *first_and_last(grads)], [want, *want_grads], strict=True)
-    return max(((got.double() - ref).norm() / ref.norm()).item() for got, ref in pairs)
+        want_grads = gradients(want, exact, dout[ends].double())
+    pairs = [(out[ends], want), *zip(grads, want_grads, strict=True)]
+    return max(((got.double() - ref).norm() / ref.norm()).item() for got, ref in pairs if ref is not None)
 
 
 def results_table(title: str, rows: Sequence[OpResult]) -> Table:
-    """One case's results as a rich table, notes below it."""
+    """One case's results as a rich table, notes below it; of training only where there are gradients."""
+    timed = [r for r in rows if r.forward_ms is not None]
     columns = {
         "contestant": lambda r: r.contestant,
         "forward ms": lambda r: f"{r.forward_ms:.3f}",
@@ -215,6 +237,8 @@ def results_table(title: str, rows: Sequence[OpResult]) -> Table:
         "f+b MB": lambda r: f"{r.train_extra_mb:.1f}",
         "error": lambda r: f"{r.error:.0e}",
     }
+    if any(r.train_ms is None for r in timed):
+        columns = {k: v for k, v in columns.items() if k not in ("forward+backward ms", "speed-up ", "f+b MB")}
     notes = [f"{r.contestant}: {r.note}" for r in rows if r.note]
     caption = "\n".join(["medians; memory is beyond the inputs; error against float64", *notes])
-    return table(title, [r for r in rows if r.forward_ms is not None], columns, caption)
+    return table(title, timed, columns, caption)

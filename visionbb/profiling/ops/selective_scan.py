@@ -51,6 +51,12 @@ def ours(case: Case, device: torch.device | None = None):
     return scan
 
 
+def triton(case: Case, device: torch.device):
+    if device.type != "cuda" or not kernels.has_triton():
+        raise Unavailable("needs CUDA and triton")
+    return ours(case)
+
+
 def doubling(case: Case, device: torch.device):
     def scan(u, delta, B, C, z, A, D, bias):
         y, _ = portable.exportable_selective_scan(u, delta, A, B[:, :, None], C[:, :, None], D, bias, True, False)
@@ -89,6 +95,7 @@ BENCH = OpBench(
         "loop": Contestant(ours, backend="reference"),
         "doubling": Contestant(doubling),
         "portable": Contestant(ours, backend="portable"),
+        "triton": Contestant(triton, backend="triton"),
         "mamba_ssm": Contestant(mamba_ssm),
     },
     moved_bytes=moved_bytes,

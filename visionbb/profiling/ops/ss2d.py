@@ -15,7 +15,7 @@ import torch
 from visionbb import kernels
 from visionbb.kernels.scan import portable
 
-from ..op_bench import Contestant, OpBench
+from ..op_bench import Contestant, OpBench, Unavailable
 
 
 @dataclass(frozen=True)
@@ -56,6 +56,12 @@ def ours(case: Case, device: torch.device | None = None):
     return scan
 
 
+def triton(case: Case, device: torch.device):
+    if device.type != "cuda" or not kernels.has_triton():
+        raise Unavailable("needs CUDA and triton")
+    return ours(case)
+
+
 def doubling(case: Case, device: torch.device):
     def scan(*tensors):
         return portable.exportable_ss2d(*tensors, case.table(tensors[0].device), "sum", "all")
@@ -80,6 +86,7 @@ BENCH = OpBench(
         "loop": Contestant(ours, backend="reference"),
         "doubling": Contestant(doubling),
         "portable": Contestant(ours, backend="portable"),
+        "triton": Contestant(triton, backend="triton"),
     },
     moved_bytes=moved_bytes,
 )

@@ -16,7 +16,15 @@ import argparse
 
 import torch
 
-from visionbb.cards import measure, measure_speed, measured_block, published_block, read_card, replace_block
+from visionbb.cards import (
+    card_paths,
+    measure,
+    measure_speed,
+    measured_block,
+    published_block,
+    read_card,
+    replace_block,
+)
 
 CARDS = Path(__file__).resolve().parents[1] / "model_cards"
 
@@ -35,7 +43,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     settings = {"device": args.device, "dtype": getattr(torch, args.dtype), "batch_size": args.batch_size}
-    for path in args.cards or sorted(CARDS.glob("*.md")):
+    for path in args.cards or card_paths(CARDS):
         try:
             card = read_card(path)
             names = list(card.tags())

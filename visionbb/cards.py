@@ -2,7 +2,8 @@
 
 A card is a Markdown file. Its YAML front matter holds the published facts (`Card`) and its text explains the family.
 Two blocks between markers are written by `tools/update_cards.py` alone: "published", tables of the front matter's
-results, and "measured", a table of what this package's models cost.
+results, and "measured", a table of what this package's models cost. A page without front matter is no card: it is on
+what is done to models, such as token reduction.
 """
 from __future__ import annotations
 
@@ -101,6 +102,11 @@ class Card:
         return {
             f"{name}.{tag}": weights for name, model in self.models.items() for tag, weights in model.weights.items()
         }
+
+
+def card_paths(folder: Path) -> list[Path]:
+    """The Markdown files of a folder that have front matter, by name."""
+    return [path for path in sorted(folder.glob("*.md")) if path.read_text(encoding="utf-8").startswith("---\n")]
 
 
 def read_card(path: str | Path) -> Card:
@@ -224,7 +230,7 @@ def measured_block(rows: Sequence[Measured], speed_settings: Mapping[str, Any] |
             f" images/s: inference with random weights on {machine}, {now['threads']} threads, {settings},"
             f" torch {now['torch']}, {now['date'][:10]}."
         )
-    return f"{_table([row.cells() for row in rows])}\n\n{note}"
+    return f"{markdown_table([row.cells() for row in rows])}\n\n{note}"
 
 
 # ---- Blocks of a card's text ----------------------------------------------------------------------------------------
@@ -258,9 +264,9 @@ def published_block(card: Card) -> str:
             dense.append(row)
     blocks = []
     if tags:
-        blocks += ["ImageNet-1k:", _table(tags)]
+        blocks += ["ImageNet-1k:", markdown_table(tags)]
     if dense:
-        blocks += ["COCO (AP) and ADE20K (mIoU), with GMACs of the whole network:", _table(dense)]
+        blocks += ["COCO (AP) and ADE20K (mIoU), with GMACs of the whole network:", markdown_table(dense)]
     return "\n\n".join(blocks)
 
 
@@ -300,7 +306,7 @@ def _around(text: str, name: str) -> tuple[str, str, str]:
     return before, inside, after
 
 
-def _table(rows: Sequence[Mapping[str, str]]) -> str:
+def markdown_table(rows: Sequence[Mapping[str, str]]) -> str:
     """Rows of equal keys as a Markdown table, the first column aligned left, the others right."""
     lines = [list(rows[0]), ["---", *["---:"] * (len(rows[0]) - 1)], *([*row.values()] for row in rows)]
     return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

@@ -51,12 +51,19 @@ class TrainConfig:
     """
 
     # Task
-    task: str = _option("classification", "what is learnt: classes, or a teacher's attention maps (Hedgehog), which "
-                        "turns the teacher into the model: a ViT with linear attention",
-                        choices=("classification", "attention_distillation"))
+    task: str = _option("classification", "what is learnt: classes; a teacher's attention maps (Hedgehog), which turns "
+                        "the teacher into the model: a ViT with linear attention; classes from few tokens and from "
+                        "more, which must agree (MCTF); or classes and how many tokens they need (AS-ViT)",
+                        choices=("classification", "attention_distillation", "reduction_consistency",
+                                 "reduction_budget"))
     kd_model_name: str | None = _option(None, "model name of the teacher, which sees the same images")
     kd_model_kwargs: dict = _option({}, "further constructor arguments of the teacher, key=value ...")
     kd_pretrained_path: str | None = _option(None, "weights of the teacher in a file; default: its pretrained weights")
+    consistency_weight: float = _option(3.0, "weight of the agreement in task reduction_consistency", low=0)
+    consistency_max_r: int | None = _option(None, "the pass with more tokens removes less than this a block, in task "
+                                            "reduction_consistency; default: less than the other pass", low=1)
+    budget_gmacs: float | None = _option(None, "1e9 multiply-adds an image that task reduction_budget aims at", low=0)
+    budget_weight: float = _option(2.0, "weight of missing budget_gmacs, in the same unit", low=0)
 
     # Model
     model: str = _option("nat_tiny", "model name, any of timm.list_models() or a hub name (hf-hub:...)")
@@ -67,6 +74,8 @@ class TrainConfig:
     in_chans: int | None = _option(None, "input channels; default: the model's", low=1)
     drop: float | None = _option(None, "classifier dropout rate", low=0, high=1)
     drop_path: float | None = _option(None, "stochastic depth rate", low=0, high=1)
+    reduction: dict = _option({}, "token reduction of a ViT: method=tome r=8, or keep, target_gmacs and the method's "
+                              "options, as visionbb.reduction.reduce_tokens takes them")
     grad_checkpointing: bool = _option(False, "recompute activations in the backward pass to save memory")
     model_kwargs: dict = _option({}, "further constructor arguments, key=value ...")
 
@@ -166,6 +175,13 @@ class TrainConfig:
             low_high = getattr(self, name)
             if len(low_high) != 2 or not 0 < low_high[0] <= low_high[1]:
                 raise ConfigError(f"{name} must be two numbers, 0 < low <= high, got {low_high}")
+        if self.reduction and "method" not in self.reduction:
+            raise ConfigError(f"reduction must name a method, got {self.reduction}")
+        if self.task.startswith("reduction_") and not self.reduction:
+            raise ConfigError(f"reduction must be set with task {self.task!r}")
+        if (self.budget_gmacs is None) == (self.task == "reduction_budget"):
+            raise ConfigError(f"budget_gmacs must be set with task 'reduction_budget' and no other, "
+                              f"got {self.budget_gmacs} with task {self.task!r}")
         if self.task == "attention_distillation":
             if self.kd_model_name is None:
                 raise ConfigError(f"kd_model_name must name the teacher of task {self.task!r}")

@@ -18,6 +18,7 @@ from timm.scheduler.scheduler import Scheduler
 from timm.utils import CheckpointSaver, NativeScaler, random_seed
 from torch import nn
 
+from ..reduction import reduce_tokens
 from .checkpoint import find_checkpoint, resume
 from .config import ConfigError, TrainConfig, nearest
 from .data import class_names, create_datasets, create_loaders
@@ -77,10 +78,11 @@ def resolve_device(name: str) -> torch.device:
 
 
 def create_model(config: TrainConfig, num_classes: int | None, in_chans: int) -> nn.Module:
-    """Create the model of a run through timm; None for `num_classes` keeps the model's own.
+    """Create the model of a run through timm, its tokens reduced; None for `num_classes` keeps the model's own.
 
     Raises:
-        ConfigError: constructor arguments that the model does not take, or weights that it cannot take.
+        ConfigError: constructor arguments that the model does not take, weights that it cannot take, or a token
+            reduction that does not fit it.
     """
     args = resolve_model_input_args(
         config.model, {"img_size": config.img_size}, num_classes=num_classes, in_chans=in_chans, drop_rate=config.drop,
@@ -95,6 +97,12 @@ def create_model(config: TrainConfig, num_classes: int | None, in_chans: int) ->
         source = config.initial_checkpoint or "its pretrained weights"
         raise ConfigError(f"model {config.model!r} with model_kwargs {config.model_kwargs} cannot take {source}: "
                           f"{shorten(str(error), 500, placeholder=' ...')}") from error
+    if config.reduction:
+        size = {"input_size": (config.img_size, config.img_size)} if config.img_size else {}
+        try:
+            reduce_tokens(model, **size | config.reduction)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"reduction {config.reduction} of model {config.model!r}: {error}") from error
     if config.grad_checkpointing:
         model.set_grad_checkpointing()
     return model

@@ -14,10 +14,12 @@ import torch
 from timm.layers import Attention
 from timm.task import ClassificationTask, TrainingTask
 from torch import Tensor, nn
+from torch.nn.functional import one_hot
 
 from ..mixers import GlobalAttention, LinearAttention, SoftmaxAttention
 from ..mixers.feature_maps import Polar
 from ..models.drop_ins import inherit_attention
+from ..reduction import ASViT, budget_loss
 from .config import ConfigError, TrainConfig
 
 
@@ -42,6 +44,83 @@ class Classification(RecordedTask, ClassificationTask):
             model, device=device, verbose=False,
             criterion_kwargs={"loss_type": config.loss, "smoothing": config.smoothing, "soft_targets": config.mixes})
         self.config = config
+
+
+class ReductionConsistency(Classification):
+    """Token-reduction consistency: few tokens must say what more tokens say (MCTF, arXiv 2403.10030).
+
+    Each batch goes twice through the one model: with its own r, and with a smaller r', drawn for each batch from
+    0 ... max_r - 1, to which every block's r is cut. With the features f and g that the classifier reads in the two
+    passes, the class token in most ViTs, the loss is
+
+        CE(r) + CE(r') + weight * mean ||f - sg(g)||^2 / C,
+
+    the mean over those images whose true class has a probability above 0.4 in the pass with r (above it together, the
+    classes of mixed images), so that what is not learnt yet is not agreed on.
+
+    Args:
+        model: reduced by a method and a schedule of r.
+
+    Raises:
+        ConfigError: the model's schedule is not of r, or removes nothing; gradient checkpointing, which would repeat
+            the second pass with the r of the first.
+    """
+
+    confidence = 0.4
+
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, teacher: None = None):
+        super().__init__(model, config, device)
+        if config.grad_checkpointing:
+            raise ConfigError(f"grad_checkpointing must be off with task {config.task!r}")
+        self.schedule = model.reducer.schedule
+        if any(isinstance(entry, float) for entry in self.schedule) or not any(self.schedule):
+            raise ConfigError(f"reduction must remove r tokens a block with task {config.task!r}, "
+                              f"got {config.reduction}, which is the schedule {list(self.schedule)}")
+        self.max_r = min(config.consistency_max_r or max(self.schedule), max(self.schedule))
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        model = self.trainable_module
+        less = int(torch.randint(self.max_r, ()))
+        with _inputs_of([model.get_classifier()]) as features:
+            output = model(input)
+            model.reducer.schedule = tuple(min(entry, less) for entry in self.schedule)
+            try:
+                more = model(input)
+            finally:
+                model.reducer.schedule = self.schedule
+        distance = (features[0] - features[1].detach()).float().square().mean(-1)
+        truth = one_hot(target, output.shape[-1]) if target.ndim == 1 else target > target.amin(-1, keepdim=True)
+        sure = (output.detach().float().softmax(-1) * truth).sum(-1) > self.confidence
+        agreement = (distance * sure).sum() / sure.sum().clamp(min=1)
+        loss = self.criterion(output, target) + self.criterion(more, target)
+        return {"loss": loss + self.config.consistency_weight * agreement, "output": output}
+
+
+class ReductionBudget(Classification):
+    """Learns with the classes how many tokens they need (AS-ViT, arXiv 2209.13802).
+
+    To the classification loss comes, `budget_weight` times, how far the multiply-adds of the batch's mean image are
+    from `budget_gmacs`: the gradient of the thresholds. The authors' 2 is for DeiT-S of 4.6 GMACs; a smaller model
+    needs as much more for the same pull. The distillation that they add is not here.
+
+    Args:
+        model: reduced by "as_vit".
+
+    Raises:
+        ConfigError: the model is reduced by another method, which learns no number of tokens.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, device: torch.device, teacher: None = None):
+        super().__init__(model, config, device)
+        if not isinstance(model.reducer.method, ASViT):
+            raise ConfigError(f"reduction must be by method 'as_vit' with task {config.task!r}, "
+                              f"got {config.reduction['method']!r}")
+
+    def forward(self, input: Tensor, target: Tensor) -> dict[str, Tensor]:
+        model, config = self.trainable_module, self.config
+        output, state = model.forward_with_state(input)
+        missed = budget_loss(model, state, config.budget_gmacs)
+        return {"loss": self.criterion(output, target) + config.budget_weight * missed, "output": output}
 
 
 class AttentionDistillation(RecordedTask):
@@ -141,4 +220,9 @@ def _inputs_of(modules: Iterable[nn.Module]) -> Iterator[list[Tensor]]:
             hook.remove()
 
 
-TASKS = {"classification": Classification, "attention_distillation": AttentionDistillation}
+TASKS = {
+    "classification": Classification,
+    "attention_distillation": AttentionDistillation,
+    "reduction_consistency": ReductionConsistency,
+    "reduction_budget": ReductionBudget,
+}

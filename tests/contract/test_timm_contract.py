@@ -15,7 +15,9 @@ from own_models import OWN
 
 SMALL = [
     "nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small", "nat_digits", "ravlt_tiny", "nalaformer_xtiny",
-    "mila_tiny", "l2vit_tiny", "care_s0", "soft_tiny", "deit_tiny_patch16_224_agent", "vmamba_tiny", "vssd_micro",
+    "mila_tiny", "l2vit_tiny", "care_s0", "sgformer_small", "soft_tiny", "stvit_r_swin_small",
+    "deit_tiny_patch16_224_agent", "vim_tiny", "mambavision_tiny", "efficient_vmamba_tiny", "local_vmamba_tiny",
+    "vmamba_tiny", "vrwkv_tiny", "vssd_micro",
 ]
 CHOICE = os.environ.get("VISIONBB_CONTRACT", "").split()
 NAMES = sorted(OWN) if CHOICE == ["all"] else CHOICE or SMALL

@@ -197,11 +197,9 @@ def test_bad_routes_are_refused():
 )
 def test_any_map(merge, **sizes):
     # The sum over a whole map that is the gradient of a lone parameter may cancel.
-    check(("row", "column_reversed"), merge=merge, slack=100, **sizes)
+    check(("row", "column_reversed"), merge=merge, slack=10, **sizes)
 
-@pytest.mark.parametrize(
-    "shape", [(1, 3, 1, 2), (STEPS, 6, 3, 1), (STEPS + 1, 2, 1, 16), (2 * STEPS + 1, 4, 2, 3)], ids=str
-)
+
 # ---- selective_scan and linear_scan ---------------------------------------------------------------------------------
 
 @runs_kernels

@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 
-from visionbb.mixers import SS2D, NonCausalSSD
+from visionbb.kernels import scan_routes
+from visionbb.mixers import SS2D, ChannelAttention, NonCausalSSD
 
 MIXERS = {
     "ss2d": lambda **kwargs: SS2D(16, 1, 2.0, **kwargs),
     "gated": lambda **kwargs: SS2D(16, 4, 2.0, conv_bias=True, gate=True, **kwargs),
+    "scatter": lambda **kwargs: SS2D(16, 4, 2.0, routes=("atrous2",), merge="scatter", **kwargs),
+    "stack": lambda **kwargs: SS2D(16, 4, 2.0, gate=True, routes=("row", "window2"), merge="stack", **kwargs),
     "ssd": lambda **kwargs: NonCausalSSD(16, 4, 6, **kwargs),
 }
 
@@ -57,6 +60,48 @@ def test_ss2d_is_the_sum_of_four_scans_of_a_rearranged_map(gate):
         total += y.transpose(0, 1) if k % 2 else y
     y = F.layer_norm(total, (12,), mixer.norm.weight, mixer.norm.bias)[None]
     want = mixer.out_proj(y if z is None else y * F.silu(z))
+    torch.testing.assert_close(mixer(x), want, rtol=1e-9, atol=1e-9)
+
+
+def test_channel_attention_is_a_gate_for_every_channel():
+    attn = randomised(ChannelAttention(16)).double()
+    x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    mean = F.layer_norm(x, (16,), attn.norm.weight, attn.norm.bias).mean((1, 2))
+    hidden = F.gelu(mean @ attn.fc1.weight.T + attn.fc1.bias)
+    assert hidden.shape == (2, 2)
+    want = x * torch.sigmoid(hidden @ attn.fc2.weight.T + attn.fc2.bias)[:, None, None]
+    torch.testing.assert_close(attn(x), want, rtol=1e-9, atol=1e-9)
+    side_by_side = torch.stack((x, 2 * x.flip(2)), 3)
+    torch.testing.assert_close(attn(side_by_side), torch.stack((attn(x), attn(2 * x.flip(2))), 3))
+
+
+def route_by_route(mixer, u):
+    """What each route of a mixer makes of u (H, W, D), one after another, at the tokens that it visits."""
+    R, N = mixer.dt_proj.shape[2], mixer.A_log.shape[2]
+    for k, route in enumerate(scan_routes(mixer.routes, *u.shape[:2]).tolist()):
+        sequence = torch.stack([u.flatten(0, 1)[t] if t >= 0 else torch.zeros_like(u[0, 0]) for t in route])
+        low, B, C = (sequence @ mixer.x_proj[k].T).split([R, N, N], -1)
+        y = scanned(sequence, low, B, C, mixer.dt_proj[k], mixer.dt_bias[k], -mixer.A_log[k].exp(), mixer.D[k])
+        map_ = torch.zeros_like(u).flatten(0, 1)
+        for t, token in zip(route, y, strict=True):
+            if t >= 0:
+                map_[t] = token
+        yield map_.view_as(u)
+
+
+@pytest.mark.parametrize("merge", ["scatter", "stack"])
+@pytest.mark.parametrize("size", [(4, 6), (5, 3)])
+def test_ss2d_shares_out_the_map_or_gates_every_route(merge, size):
+    routes = ("atrous2",) if merge == "scatter" else ("column", "window3", "row_reversed")
+    mixer = randomised(SS2D(8, 2, 2.0, dt_rank=3, routes=routes, merge=merge)).double()
+    x = torch.randn(1, *size, 8, dtype=torch.float64)
+    u = F.conv2d(mixer.in_proj(x).permute(0, 3, 1, 2), mixer.conv.weight, padding=1, groups=16)
+    found = list(route_by_route(mixer, F.silu(u).permute(0, 2, 3, 1)[0]))
+    assert len(found) == (4 if merge == "scatter" else 3)
+    if merge == "scatter":
+        assert bool((torch.stack(found) != 0).sum(0).eq(1).all())  # every token is on one route
+    total = sum(found if merge == "scatter" else [mixer.attn(y[None])[0] for y in found])
+    want = mixer.out_proj(F.layer_norm(total, (16,), mixer.norm.weight, mixer.norm.bias))[None]
     torch.testing.assert_close(mixer(x), want, rtol=1e-9, atol=1e-9)
 
 
@@ -151,5 +196,9 @@ def test_errors():
         SS2D(16, 0)
     with pytest.raises(ValueError, match="routes must be"):
         SS2D(16, routes=("diagonal",))
+    with pytest.raises(ValueError, match="merge must be sum, scatter or stack, got 'max'"):
+        SS2D(16, merge="max")
+    with pytest.raises(ValueError, match="dim must be at least reduction = 8, got 4"):
+        ChannelAttention(4)
     with pytest.raises(ValueError, match=r"expand \* dim must be a multiple of num_heads, got 32 and 5"):
         NonCausalSSD(16, 5)

@@ -8,11 +8,15 @@ import torch
 from safetensors import safe_open
 
 import visionbb  # noqa: F401  (registers the models)
+from visionbb.models.local_vmamba import searched
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 _RAVLT = dict(dims=(8, 16, 16, 32), depths=(1, 2, 1, 1), num_heads=(1, 2, 2, 4), mlp_ratio=2.0, head_hidden=24)
 _SOFT = dict(dims=(8, 8, 8, 16), depths=(1, 1, 2, 1), num_heads=(2, 2, 1, 2))
+_LOCAL = [searched(blocks) for blocks in ("h v- w7 w7-", "h- v w2 w2-, w2 w7- v h-", "h v- w2- w7", "h h- v w2")]
+_LOCAL_VIM = dict(img_size=20, patch_size=4, embed_dim=16, depth=3,
+                  routes=searched("h v- w2 w7-, h- v w2- w7, v v- w2 h-"))
 
 # recording -> (our model, the recorded network's arguments in our words)
 CASES = {
@@ -37,8 +41,24 @@ CASES = {
                              head_dims=(0, 0, 4, 8))),
     "vmamba": ("vmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), ssm_ratio=2.0, mlp_ratio=2.0)),
     "vanilla_vmamba": ("vanilla_vmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1))),
+    "efficient_vmamba": ("efficient_vmamba_tiny", dict(embed_dim=8, depths=(1, 2, 2, 1))),
+    "local_vim": ("local_vim_tiny", _LOCAL_VIM),
+    "local_vim_middle_cls_token": ("local_vim_tiny_middle_cls_token", _LOCAL_VIM),
+    "local_vmamba": ("local_vmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), routes=_LOCAL)),
     "medmamba": ("medmamba_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1))),
     "vssd": ("vssd_tiny", dict(embed_dim=4, depths=(1, 2, 1, 1), num_heads=(2, 2, 4, 4), d_state=6, mlp_ratio=2.0)),
+    "plainmamba": ("plainmamba_l1", dict(img_size=48, embed_dim=4, depth=3)),
+    "vrwkv": ("vrwkv_tiny", dict(img_size=64, embed_dim=8, depth=3)),
+    "vrwkv_large": ("vrwkv_large", dict(img_size=48, embed_dim=8, depth=13, head_hidden=12)),
+    "mambavision": ("mambavision_base", dict(stem_dim=6, embed_dim=4, depths=(1, 1, 3, 2), num_heads=(1, 1, 2, 4),
+                                             window_size=(0, 0, 3, 3), mlp_ratio=2.0)),
+    "vim": ("vim_tiny_stride8", dict(img_size=48, embed_dim=16, depth=3, d_state=4)),
+    "sgformer": ("sgformer_small", dict(embed_dim=4, depths=(2, 2, 1), num_heads=(2, 4, 4), sr_ratios=(8, 2),
+                                        mlp_ratio=2.0, pos_embed_size=(14, 56))),
+    "sgformer_quarters": ("sgformer_small", dict(embed_dim=4, depths=(2, 2, 2), num_heads=(2, 2, 4), sr_ratios=(4, 2),
+                                                 mlp_ratio=2.0, pos_embed_size=(14, 56))),
+    "stvit_r": ("stvit_r_swin_small", dict(in_chans=1, embed_dim=4, depths=(1, 2, 2, 1), num_heads=(1, 1, 2, 2),
+                                           mlp_ratio=1.0)),
     "soft": ("soft_tiny", _SOFT),
     "soft_norm": ("soft_norm_tiny", _SOFT),
 }
@@ -58,9 +78,10 @@ def test_equals_the_authors_code(name, tmp_path):
     torch.save(weights, tmp_path / "authors.pth")
     # Through timm's own loader, which is strict: no key missing, none left over.
     model = timm.create_model(architecture, num_classes=7, checkpoint_path=tmp_path / "authors.pth", **args).eval()
+    x = tensors["input"].float()  # large ones are stored as small integers
     with torch.no_grad():
-        _, features = model.forward_intermediates(tensors["input"])
-        torch.testing.assert_close(model(tensors["input"]), tensors["output"], rtol=1e-4, atol=1e-4)
+        _, features = model.forward_intermediates(x)
+        torch.testing.assert_close(model(x), tensors["output"], rtol=1e-4, atol=1e-4)
     recorded = [tensors[f"features.{i}"] for i in range(len(features))]
     for got, want in zip(features, recorded):
         torch.testing.assert_close(got, want.permute(0, 3, 1, 2), rtol=1e-4, atol=1e-4)

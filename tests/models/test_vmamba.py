@@ -54,6 +54,12 @@ def test_cost_grows_with_the_number_of_pixels(name):
     assert count_flops(model, 896).flops / count_flops(model, 448).flops == pytest.approx(4, rel=1e-3)
 
 
+def test_the_small_one_for_the_digits_costs_what_nats_does():
+    """Their training steps are compared on the card."""
+    cost = [count_flops(timm.create_model(f"{name}_digits", device="meta"), 32).flops for name in ("nat", "vmamba")]
+    assert cost[1] / cost[0] == pytest.approx(1, rel=0.02)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_one_model_takes_any_image(name):
     model = tiny(name)

@@ -3,15 +3,33 @@
 from collections.abc import Callable
 
 import torch
-from timm.layers import DropPath, LayerNorm, Mlp
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm, RmsNorm
 from timm.models import register_notrace_module
 from torch import nn
 
 from ..mixers.conv import DepthwiseConv
+from .layers import TokenMlp, in_slabs
 
 
+@register_notrace_module  # asks whether a gradient needs the input
+class InplaceGELU(nn.Module):
+    """GELU in the memory of its input: on a CPU, fresh memory for a wide map costs more than the function.
+
+    An input that a gradient goes back to is kept.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
+
+
+@register_notrace_module  # slabs by the size of the map
 class ConvMlp(nn.Module):
-    """fc2(u + conv(u)) with u = act(fc1(x)) and a depthwise convolution, on (B, H, W, dim)."""
+    """fc2(u + conv(u)) with u = act(fc1(x)) and a depthwise convolution, on (B, H, W, dim).
+
+    `act_last`: fc2(act(u + conv(u))) with u = fc1(x). Wide maps are taken a few images at a time, as `TokenMlp` takes
+    tokens.
+    """
 
     def __init__(
         self,
@@ -20,11 +38,13 @@ class ConvMlp(nn.Module):
         kernel_size: int = 3,
         act_layer: type[nn.Module] = nn.GELU,
         drop: float = 0.0,
+        act_last: bool = False,
         device=None,
         dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        self.act_last = act_last
         self.fc1 = nn.Linear(dim, hidden, **dd)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
@@ -33,7 +53,14 @@ class ConvMlp(nn.Module):
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.conv(self.drop1(self.act(self.fc1(x))))
+        if torch.jit.is_scripting():
+            return self.layers(x)
+        else:
+            return in_slabs(self.layers, x, 2 * x.shape[1] * x.shape[2] * self.fc1.out_features)
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.fc1(x)
+        x = self.drop1(self.act(self.conv(x))) if self.act_last else self.conv(self.drop1(self.act(x)))
         return self.drop2(self.fc2(x))
 
 
@@ -67,7 +94,8 @@ class Block(nn.Module):
         proj_drop: dropout after both linear layers of the MLP.
         cpe1, cpe2: kernel sizes of convolutional position encodings x + depthwise(x) (CPVT, arXiv 2102.10882) before
             the mixer's branch and before the MLP's; 0 for none, or a module in their place.
-        mlp_conv: kernel size of a depthwise convolution with residual inside the MLP; 0 for none.
+        mlp_conv: kernel size of a depthwise convolution with residual inside the MLP; 0 for none, or a module in place
+            of the MLP.
     """
 
     def __init__(
@@ -82,7 +110,7 @@ class Block(nn.Module):
         act_layer: type[nn.Module] = nn.GELU,
         cpe1: int | nn.Module = 0,
         cpe2: int | nn.Module = 0,
-        mlp_conv: int = 0,
+        mlp_conv: int | nn.Module = 0,
         device=None,
         dtype=None,
     ):
@@ -102,10 +130,12 @@ class Block(nn.Module):
         self.cpe2 = position(cpe2)
         self.norm2 = norm_layer(dim, **dd)
         hidden = int(dim * mlp_ratio)
-        if mlp_conv:
+        if isinstance(mlp_conv, nn.Module):
+            self.mlp = mlp_conv
+        elif mlp_conv:
             self.mlp = ConvMlp(dim, hidden, mlp_conv, act_layer, proj_drop, **dd)
         else:
-            self.mlp = Mlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
+            self.mlp = TokenMlp(dim, hidden, act_layer=act_layer, drop=proj_drop, **dd)
         self.drop_path2 = DropPath(drop_path) if drop_path > 0.0 else nn.Identity()
         self.ls2 = Residual(dim, layer_scale, **dd)
 
@@ -148,3 +178,22 @@ class TokenBlock(Block):
     def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
         x = self.ls1(x, self.drop_path1(self.mixer.forward_tokens(self.norm1(x), H, W)))
         return self.ls2(x, self.drop_path2(self.mlp(self.norm2(x))))
+
+
+@register_notrace_module  # the type of the stream
+class TokenMixerBlock(MixerBlock):
+    """A `MixerBlock` on a sequence with prefix tokens, as `TokenBlock` is a `Block`; the sum is float32 at least."""
+
+    def forward(self, x: torch.Tensor, H: int, W: int) -> torch.Tensor:
+        y = self.drop_path1(self.mixer.forward_tokens(self.norm1(x), H, W))
+        return x.to(torch.promote_types(x.dtype, torch.float32)) + y
+
+
+class StreamNorm(RmsNorm):
+    """RMSNorm (eps 1e-5) of a float32 residual stream, in the type of the parameters."""
+
+    def __init__(self, dim: int, device=None, dtype=None):
+        super().__init__(dim, eps=1e-5, device=device, dtype=dtype)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return F.rms_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.eps).to(self.weight.dtype)

@@ -1,5 +1,6 @@
 """The ViT-shaped skeleton: one map of tokens through a column of equal blocks."""
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -20,8 +21,7 @@ class Columnar(Backbone):
         norm: final norm over embed_dim.
         head: as in `Pyramid`.
         depth: number of blocks.
-        pos_embed_size: (rows, columns) of a learned absolute position embedding, resampled to any other map;
-            None for none.
+        pos_embed: module that adds positions to the stem's tokens, such as `PositionEmbed`; None for none.
         The rest is as in `Pyramid`.
     """
 
@@ -42,16 +42,14 @@ class Columnar(Backbone):
         drop_path_rate: float,
         head: nn.Module | None = None,
         stem_stride: int = 16,
-        pos_embed_size: tuple[int, int] | None = None,
+        pos_embed: nn.Module | None = None,
         device=None,
         dtype=None,
     ):
         super().__init__(in_chans, num_classes)
         self.grad_checkpointing = False
         self.stem = stem
-        self.pos_embed = None
-        if pos_embed_size is not None:
-            self.pos_embed = nn.Parameter(torch.empty(1, *pos_embed_size, embed_dim, device=device, dtype=dtype))
+        self.pos_embed = pos_embed or nn.Identity()
         (rates,) = drop_path_rates(drop_path_rate, [depth])
         self.blocks = nn.Sequential(*(block(i, embed_dim, rate) for i, rate in enumerate(rates)))
         self.feature_info = [
@@ -59,16 +57,6 @@ class Columnar(Backbone):
         ]
         self.norm = norm
         self.add_head(embed_dim, global_pool, drop_rate, head, device=device, dtype=dtype)
-
-    @torch.jit.ignore
-    def init_weights(self, needs_reset: bool = True) -> None:
-        super().init_weights(needs_reset)
-        if self.pos_embed is not None:
-            trunc_normal_(self.pos_embed, std=0.02)
-
-    @torch.jit.ignore
-    def no_weight_decay(self) -> set[str]:
-        return super().no_weight_decay() | {"pos_embed"}
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> dict:
@@ -83,9 +71,7 @@ class Columnar(Backbone):
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
         x = self.stem(x)
-        if self.pos_embed is not None:
-            x = x + resample_abs_pos_embed_nhwc(self.pos_embed, x.shape[1:3])
-        return x
+        return self.pos_embed(x)
 
     def forward_unit(self, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return checkpoint(unit, x) if self.grad_checkpointing else unit(x)
@@ -103,8 +89,9 @@ class Columnar(Backbone):
 class TokenColumnar(Columnar):
     """A column with a class token, as ViT has it: blocks are `TokenBlock`s on sequences (B, 1 + H * W, embed_dim).
 
-    `forward_features` returns such a sequence; intermediates are maps, without the class token. Arguments are those of
-    `Columnar`, with a `ClassTokenStem` and, by default, a `TokenHead`.
+    `forward_features` returns such a sequence, its class token in front wherever the blocks have it; intermediates are
+    maps, without the class token. Arguments are those of `Columnar`, with a `ClassTokenStem` and, by default, a
+    `TokenHead`.
     """
 
     output_fmt = "NLC"
@@ -145,7 +132,7 @@ class TokenColumnar(Columnar):
                 x = checkpoint(block, x, H, W)
             else:
                 x = block(x, H, W)
-        return self.norm(x)
+        return self.norm(self.stem.class_first(x))
 
     def forward_units(
         self, x: torch.Tensor, units: nn.Module, take: Sequence[int], norm: bool
@@ -155,27 +142,51 @@ class TokenColumnar(Columnar):
         for i, block in enumerate(units):
             x = checkpoint(block, x, H, W) if self.grad_checkpointing else block(x, H, W)
             if i in take:
-                taken.append((self.norm(x) if norm else x)[:, 1:].unflatten(1, (H, W)))
-        return x, taken
+                patches = self.stem.class_first(x)[:, 1:].unflatten(1, (H, W))
+                # The stream between blocks may be wider than the parameters.
+                taken.append(self.norm(patches) if norm else patches.to(self.stem.cls_token.dtype))
+        return self.stem.class_first(x), taken
 
 
 class ClassTokenStem(nn.Module):
-    """Patches as tokens behind a class token: images (B, in_chans, H, W) to ((B, 1 + h * w, embed_dim), h, w).
+    """Patches as tokens with a class token: images (B, in_chans, H, W) to ((B, 1 + h * w, embed_dim), h, w).
 
-    Images are zero-padded at the right and bottom to whole patches.
+    Images are zero-padded at the right and bottom to multiples of the patch.
 
     Args:
         grid_size: (rows, columns) that the position embedding is learned at; other maps get it resampled (bicubic).
+        stride: pixels from one patch to the next, a divisor of patch_size; default: patch_size.
+        middle: the class token stands behind h * w // 2 of the patches, for scans from both ends (Vim); otherwise in
+            front of them.
+        antialias: where the position embedding is resampled.
+
+    Raises:
+        ValueError: a stride that does not divide patch_size.
     """
 
     def __init__(
-        self, patch_size: int, in_chans: int, embed_dim: int, grid_size: tuple[int, int], device=None, dtype=None
+        self,
+        patch_size: int,
+        in_chans: int,
+        embed_dim: int,
+        grid_size: tuple[int, int],
+        stride: int | None = None,
+        middle: bool = False,
+        antialias: bool = True,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
+        stride = patch_size if stride is None else stride
+        if patch_size % stride:
+            raise ValueError(f"stride must divide patch_size = {patch_size}, got {stride}")
+        self.middle = middle
+        self.antialias = antialias
         self.patch_embed = PatchEmbed(
             None, patch_size, in_chans, embed_dim, output_fmt="NHWC", strict_img_size=False, dynamic_img_pad=True, **dd
         )
+        self.patch_embed.proj.stride = (stride, stride)
         self.cls_token = nn.Parameter(torch.empty(1, 1, embed_dim, **dd))
         self.pos_embed = nn.Parameter(torch.empty(1, *grid_size, embed_dim, **dd))
         self.reset_parameters()
@@ -191,8 +202,35 @@ class ClassTokenStem(nn.Module):
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, int, int]:
         x = self.patch_embed(x)
         B, H, W, _ = x.shape
-        x = x + resample_abs_pos_embed_nhwc(self.pos_embed, (H, W))
-        return torch.cat((self.cls_token.expand(B, -1, -1), x.flatten(1, 2)), 1), H, W
+        x = (x + resample_abs_pos_embed_nhwc(self.pos_embed, (H, W), antialias=self.antialias)).flatten(1, 2)
+        before = H * W // 2 if self.middle else 0
+        return torch.cat((x[:, :before], self.cls_token.expand(B, -1, -1), x[:, before:]), 1), H, W
+
+    def class_first(self, x: torch.Tensor) -> torch.Tensor:
+        """A sequence as the blocks have it, (B, 1 + h * w, embed_dim), with its class token in front."""
+        if not self.middle:
+            return x
+        before = (x.shape[1] - 1) // 2
+        return torch.cat((x[:, before : before + 1], x[:, :before], x[:, before + 1 :]), 1)
+
+
+def fold_class_position(
+    cls_token: torch.Tensor, pos_embed: torch.Tensor, middle: bool = False
+) -> dict[str, torch.Tensor]:
+    """A class token (1, 1, C) and the positions of all tokens (1, 1 + N, C), as `ClassTokenStem` has them.
+
+    Raises:
+        ValueError: the positions are not those of a class token and a square map.
+    """
+    side = math.isqrt(pos_embed.shape[1] - 1)
+    if 1 + side**2 != pos_embed.shape[1]:
+        raise ValueError(
+            f"pos_embed must hold a class token and a square map of patches, got {pos_embed.shape[1]} positions"
+        )
+    before = side**2 // 2 if middle else 0
+    front, cls_pos, back = pos_embed.split((before, 1, side**2 - before), 1)
+    pos = torch.cat((front, back), 1).unflatten(1, (side, side))
+    return {"stem.cls_token": cls_token + cls_pos, "stem.pos_embed": pos}
 
 
 class TokenHead(nn.Module):

@@ -1,10 +1,11 @@
-"""Convolutions with batch norm, what the stems of several families are made of."""
+"""Layers of several families: convolutions with batch norm, as stems have them, and the MLP of tokens."""
 
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
+from timm.layers import Mlp, trunc_normal_
+from timm.models import register_notrace_module
 from torch import nn
 
 from ..mixers.conv import DepthwiseConv
@@ -52,3 +53,36 @@ def init_convs(model: nn.Module) -> None:
             trunc_normal_(module.weight, std=0.02)
             if module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+
+WIDEST_HIDDEN = 2**24  # bytes: malloc hands blocks above 32 MiB back to the system, which clears them page by page
+SLAB = 2**19  # numbers of a hidden layer that stay in cache
+
+
+@register_notrace_module  # slabs by the number of tokens
+class TokenMlp(Mlp):
+    """timm's MLP on (..., dim), which takes wide maps in slabs of tokens on a CPU that only infers.
+
+    There, writing and reading the hidden layer of a large map costs more than its activation.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting():
+            return self.layers(x)
+        else:
+            return in_slabs(self.layers, x.flatten(0, -2), self.fc1.out_features).view(x.shape)
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
+        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+
+
+def in_slabs(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
+    """layers(x), of a few of x's entries (tokens, images) at a time where the map is wide and a CPU only infers.
+
+    Args:
+        hidden: numbers of the widest layers in memory at once, an entry.
+    """
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    if recorded or x.device.type != "cpu" or x.shape[0] * hidden * x.element_size() <= WIDEST_HIDDEN:
+        return layers(x)
+    return torch.cat([layers(slab) for slab in x.split(max(1, SLAB // hidden))])

@@ -27,14 +27,22 @@ class PositionEmbed(nn.Module):
 
     Args:
         size: (rows, columns) of the map the embedding is learned at; other maps get it resampled.
-        interpolation: "bicubic" (antialiased, as timm does) or "bilinear" (not).
+        interpolation: "bicubic" or "bilinear".
+        antialias: whether resampling averages where a map is smaller, as timm does.
     """
 
     def __init__(
-        self, dim: int, size: tuple[int, int], interpolation: str = "bicubic", device=None, dtype=None
+        self,
+        dim: int,
+        size: tuple[int, int],
+        interpolation: str = "bicubic",
+        antialias: bool = True,
+        device=None,
+        dtype=None,
     ):
         super().__init__()
         self.interpolation = interpolation
+        self.antialias = antialias
         self.weight = nn.Parameter(torch.empty(1, *size, dim, device=device, dtype=dtype))
         self.reset_parameters()
 
@@ -46,13 +54,16 @@ class PositionEmbed(nn.Module):
         return {"weight"}
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        smooth = self.interpolation == "bicubic"
-        return x + resample_abs_pos_embed_nhwc(self.weight, [x.shape[1], x.shape[2]], self.interpolation, smooth)
+        size = [x.shape[1], x.shape[2]]
+        return x + resample_abs_pos_embed_nhwc(self.weight, size, self.interpolation, self.antialias)
 
     def resampled(self, learned: torch.Tensor) -> torch.Tensor:
-        """The embedding of a checkpoint, (1, N, dim) of a square map or (1, rows, columns, dim), at this one's size."""
+        """The embedding of a checkpoint at this one's size: (1, rows, columns, dim), or flat (1, N, dim).
+
+        A flat one is taken to be of this size if it has as many tokens, else of a square map.
+        """
+        rows, cols = self.weight.shape[1:3]
         if learned.ndim == 3:
             side = round(learned.shape[1] ** 0.5)
-            learned = learned.unflatten(1, (side, side))
-        rows, cols = self.weight.shape[1:3]
-        return resample_abs_pos_embed_nhwc(learned, [rows, cols], self.interpolation, self.interpolation == "bicubic")
+            learned = learned.unflatten(1, (rows, cols) if learned.shape[1] == rows * cols else (side, side))
+        return resample_abs_pos_embed_nhwc(learned, [rows, cols], self.interpolation, self.antialias)

@@ -20,6 +20,9 @@ class Stage(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.downsample(x)
+        return self.run_blocks(x)
+
+    def run_blocks(self, x: torch.Tensor) -> torch.Tensor:
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
         return self.blocks(x)
@@ -32,6 +35,8 @@ class Pyramid(Backbone):
         stem: images (B, in_chans, H, W) to tokens (B, H / stem_stride, W / stem_stride, dims[0]).
         downsample: (in_dim, out_dim) -> module that halves the map, at the start of every stage but the first.
         block: (stage, index, dim, drop_path) -> module on (B, H, W, dim).
+        stage: (stage, downsample, blocks) -> `Stage`, of a family's own if its blocks run on something else than the
+            map (windows of it); default: `Stage`.
         norm: final norm over dims[-1].
         head: module with `num_features`, `fc` and `reset` as timm's classifier heads have; default: pool, linear.
         dims, depths: width and number of blocks of each stage.
@@ -57,6 +62,7 @@ class Pyramid(Backbone):
         global_pool: str,
         drop_rate: float,
         drop_path_rate: float,
+        stage: Callable[[int, nn.Module, Sequence[nn.Module]], Stage] | None = None,
         head: nn.Module | None = None,
         num_features: int | None = None,
         stem_stride: int = 4,
@@ -71,7 +77,8 @@ class Pyramid(Backbone):
         self.feature_info = []
         for i, (dim, rates) in enumerate(zip(dims, drop_path_rates(drop_path_rate, depths), strict=True)):
             blocks = [block(i, j, dim, rate) for j, rate in enumerate(rates)]
-            self.stages.append(Stage(downsample(dims[i - 1], dim) if i else nn.Identity(), blocks))
+            down = downsample(dims[i - 1], dim) if i else nn.Identity()
+            self.stages.append(Stage(down, blocks) if stage is None else stage(i, down, blocks))
             self.feature_info.append(dict(num_chs=dim, reduction=stem_stride * 2**i, module=f"stages.{i}"))
         if num_features is not None:
             self.feature_info[-1]["num_chs"] = num_features

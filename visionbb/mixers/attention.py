@@ -254,20 +254,24 @@ class RelativeAttention(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"rpb"}
 
-    def bias(self, H: int, W: int) -> torch.Tensor:
-        """Additive bias of a map, (num_heads, H * W, H * W)."""
-        rpb = resample_rpb(self.rpb, (2 * H - 1, 2 * W - 1))
-        rows, cols = torch.arange(H, device=rpb.device), torch.arange(W, device=rpb.device)
-        dy = rows[None, :] - rows[:, None] + H - 1
-        dx = cols[None, :] - cols[:, None] + W - 1
-        return rpb[:, dy[:, None, :, None], dx[None, :, None, :]].flatten(3, 4).flatten(1, 2)
-
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         B, H, W, C = x.shape
         qkv = self.qkv(x).reshape(B, H * W, 3, self.num_heads, C // self.num_heads).permute(2, 0, 3, 1, 4)
         q, k, v = qkv.unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias(H, W).to(q.dtype))
+        x = F.scaled_dot_product_attention(q, k, v, attn_mask=relative_bias(self.rpb, H, W).to(q.dtype))
         return self.proj_drop(self.proj(x.transpose(1, 2).reshape(B, H, W, C)))
+
+
+def relative_bias(rpb: torch.Tensor, H: int, W: int) -> torch.Tensor:
+    """Additive bias of all tokens of a map to all, (heads, H * W, H * W), of a table (heads, rows, columns).
+
+    That of a key and a query stands at key - query + length - 1 per axis, in the table resampled to the map.
+    """
+    rpb = resample_rpb(rpb, (2 * H - 1, 2 * W - 1))
+    rows, cols = torch.arange(H, device=rpb.device), torch.arange(W, device=rpb.device)
+    dy = rows[None, :] - rows[:, None] + H - 1
+    dx = cols[None, :] - cols[:, None] + W - 1
+    return rpb[:, dy[:, None, :, None], dx[None, :, None, :]].flatten(3, 4).flatten(1, 2)
 
 
 def resample_rpb(rpb: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

@@ -29,11 +29,38 @@ def init_time_steps_(bias: torch.Tensor, shortest: float = 1e-3, longest: float 
         bias.copy_(dt + torch.log(-torch.expm1(-dt)))  # the inverse of the softplus
 
 
+class ChannelAttention(nn.Module):
+    """x * sigmoid(fc2(gelu(fc1(mean of norm(x) over the map)))), on (B, H, W, ..., dim): a gate for every channel.
+
+    The channels' half of LightViT's bi-dimensional attention (arXiv 2207.05557), as EfficientVMamba and LocalMamba have
+    it. Maps that stand side by side, between W and the channels, have gates of their own by the same weights.
+
+    Args:
+        reduction: dim over the hidden width.
+
+    Raises:
+        ValueError: the hidden width is below 1.
+    """
+
+    def __init__(self, dim: int, reduction: int = 8, device=None, dtype=None):
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        if dim < reduction:
+            raise ValueError(f"dim must be at least reduction = {reduction}, got {dim}")
+        self.norm = WideNorm(dim, **dd)
+        self.fc1 = nn.Linear(dim, dim // reduction, **dd)
+        self.fc2 = nn.Linear(dim // reduction, dim, **dd)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        mean = self.norm(x).mean((1, 2), keepdim=True).to(self.fc1.weight.dtype)
+        return x * self.fc2(F.gelu(self.fc1(mean))).sigmoid()
+
+
 @register_notrace_module  # routes by the size of the map
 class SS2D(nn.Module):
     """VMamba's 2-D selective scan (arXiv 2401.10166), on (B, H, W, dim) of any H, W.
 
-        u = silu(conv(in_proj(x)));    y = norm(sum of the scans of u along the routes);    out_proj(y * silu(gate))
+        u = silu(conv(in_proj(x)));    y = norm(merged scans of u along the routes);    out_proj(y * silu(gate))
 
     The operator is `visionbb.kernels.ss2d`: each route has its own time steps, B, C, A and D.
 
@@ -43,11 +70,13 @@ class SS2D(nn.Module):
         dt_rank: of the projection to time steps; by default dim / 16, rounded up.
         conv_bias: of the 3 x 3 depthwise convolution.
         gate: another projection, whose SiLU multiplies the normed scan (Mamba's block, VMamba's first release).
-        routes: names as in `visionbb.kernels.scan_routes`, of routes that visit the whole map.
+        routes: names as in `visionbb.kernels.scan_routes`.
+        merge: of the scans, as in `visionbb.kernels.ss2d`: "sum", or "scatter" for routes that share out the map;
+            "stack" passes each through `ChannelAttention` and adds them up (LocalMamba, arXiv 2403.09338).
         proj_drop: dropout after the output projection.
 
     Raises:
-        ValueError: d_state, dt_rank or the width of the scan is below 1.
+        ValueError: d_state, dt_rank or the width of the scan is below 1, or a name that is none.
     """
 
     def __init__(
@@ -59,6 +88,7 @@ class SS2D(nn.Module):
         conv_bias: bool = False,
         gate: bool = False,
         routes: Sequence[str] = ("cross",),
+        merge: str = "sum",
         proj_drop: float = 0.0,
         device=None,
         dtype=None,
@@ -69,7 +99,10 @@ class SS2D(nn.Module):
         rank = math.ceil(dim / 16) if dt_rank is None else dt_rank
         if min(d_state, rank, inner) < 1:
             raise ValueError(f"d_state, dt_rank and expand * dim must be at least 1, got {d_state}, {rank}, {inner}")
+        if merge not in ("sum", "scatter", "stack"):
+            raise ValueError(f"merge must be sum, scatter or stack, got {merge!r}")
         self.routes = list(routes)
+        self.merge = merge
         self.gate = gate
         K = len(scan_routes(self.routes, 64, 64))
         self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
@@ -80,6 +113,7 @@ class SS2D(nn.Module):
         self.dt_bias = nn.Parameter(torch.empty(K, inner, **dd))
         self.A_log = nn.Parameter(torch.empty(K, inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(K, inner, **dd))
+        self.attn = ChannelAttention(inner, **dd) if merge == "stack" else nn.Identity()
         self.norm = WideNorm(inner, **dd)
         self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
@@ -99,6 +133,16 @@ class SS2D(nn.Module):
     def no_weight_decay(self) -> set[str]:
         return {"A_log", "D", "dt_bias"}
 
+    def project(self, x: torch.Tensor, routes: torch.Tensor) -> torch.Tensor:
+        """Time steps, B and C of every token for all routes, or, where they share out the map, for its own alone."""
+        if self.merge != "scatter":
+            return F.linear(x, self.x_proj.flatten(0, 1))
+        _, H, W, _ = x.shape
+        rows = x.flatten(1, 2).index_select(1, routes.flatten().clamp(min=0)).unflatten(1, [routes.shape[0], -1])
+        rows = torch.einsum("bksd,krd->bksr", rows, self.x_proj).flatten(1, 2)
+        # Sorted by the tokens that they visit, the steps are in raster order; pads come first.
+        return rows.index_select(1, routes.flatten().argsort()[-H * W :]).unflatten(1, [H, W])
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, H, W, _ = x.shape
         x = self.in_proj(x)
@@ -106,15 +150,18 @@ class SS2D(nn.Module):
         if self.gate:
             x, gate = x.chunk(2, -1)
         x = F.silu(self.conv(x))
-        proj = F.linear(x, self.x_proj.flatten(0, 1))
         A = -self.A_log.exp()
         if torch.jit.is_scripting():
             routes = torch.ops.visionbb.scan_routes(self.routes, H, W, device=x.device)
             y = torch.ops.visionbb.ss2d(
-                x, proj, self.dt_proj, self.dt_bias, A, self.D, routes, "sum", "all"
+                x, self.project(x, routes), self.dt_proj, self.dt_bias, A, self.D, routes, self.merge, "all"
             )
         else:
-            y = ss2d(x, proj, self.dt_proj, self.dt_bias, A, self.D, scan_routes(self.routes, H, W, device=x.device))
+            routes = scan_routes(self.routes, H, W, device=x.device)
+            proj = self.project(x, routes)
+            y = ss2d(x, proj, self.dt_proj, self.dt_bias, A, self.D, routes, merge=self.merge)
+        if self.merge == "stack":
+            y = self.attn(y).sum(-2)
         y = self.norm(y).to(x.dtype)
         if gate is not None:
             y = y * F.silu(gate)

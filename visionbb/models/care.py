@@ -22,7 +22,7 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from ..backbones import PatchConv, Pyramid, keep_native
-from ..backbones.block import Residual
+from ..backbones.block import InplaceGELU, Residual
 from ..backbones.layers import init_convs
 from ..mixers import DepthwiseConv, LinearAttention
 from ._registry import create_from, register_variants
@@ -93,13 +93,6 @@ class CrossConv(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.strip1(x) + self.strip2(x)
-
-
-class InplaceGELU(nn.Module):
-    """GELU in the memory of its input: on a CPU, fresh memory for a wide map costs more than the function."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return torch.ops.aten.gelu_(x)
 
 
 class Interaction(nn.Module):

@@ -23,7 +23,7 @@ from timm.models import VisionTransformer, generate_default_cfgs
 from timm.models.vision_transformer import Block as ViTBlock
 from torch import nn
 
-from ..backbones import ClassTokenStem, TokenBlock, TokenColumnar, keep_native
+from ..backbones import ClassTokenStem, TokenBlock, TokenColumnar, fold_class_position, keep_native
 from ..mixers import AgentAttention, GaussianAttention, LinearAttention, SoftmaxAttention
 from ..mixers.landmarks import resized
 from ._registry import create_from, register_variants
@@ -74,7 +74,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     state_dict, native = keep_native(state_dict)
     if not native:
         if "cls_token" in state_dict and "pos_embed" in state_dict:
-            state_dict |= folded(state_dict.pop("cls_token"), state_dict.pop("pos_embed"))
+            state_dict |= fold_class_position(state_dict.pop("cls_token"), state_dict.pop("pos_embed"))
         for key in [key for key in state_dict if re.search(r"\.(a[nhwc]|[nhwc]a)_bias$", key)]:
             pair, value = key[-7:-5], state_dict.pop(key)
             if "n" not in pair:  # (1, heads, ...), agents last where they are the second of the pair
@@ -92,17 +92,6 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         elif key in state_dict and key.endswith((".rows", ".cols")):
             state_dict[key] = resized(state_dict[key], *table.shape[2:])
     return state_dict
-
-
-def folded(cls_token: torch.Tensor, pos_embed: torch.Tensor) -> dict[str, torch.Tensor]:
-    """A class token (1, 1, C) and the positions of all tokens (1, 1 + N, C), as `ClassTokenStem` has them."""
-    side = math.isqrt(pos_embed.shape[1] - 1)
-    if 1 + side**2 != pos_embed.shape[1]:
-        raise ValueError(
-            f"pos_embed must hold a class token and a square map of patches, got {pos_embed.shape[1]} positions"
-        )
-    cls_pos, pos = pos_embed.split((1, side**2), 1)
-    return {"stem.cls_token": cls_token + cls_pos, "stem.pos_embed": pos.unflatten(1, (side, side))}
 
 
 class DropIn(TokenColumnar):

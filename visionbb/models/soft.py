@@ -16,13 +16,13 @@ from functools import partial
 
 import torch
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.layers import LayerNorm, Mlp, trunc_normal_
+from timm.layers import LayerNorm, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import nn
 
 from ..backbones import Block, PositionEmbed, Pyramid, keep_native
 from ..backbones.columnar import TokenHead
-from ..backbones.layers import conv_norm_acts
+from ..backbones.layers import TokenMlp, conv_norm_acts
 from ..mixers import GaussianAttention, SoftmaxAttention
 from ._registry import create_from, register_variants
 
@@ -91,7 +91,7 @@ class Patches(nn.Module):
         dd = {"device": device, "dtype": dtype}
         dim = layers[-1][0]
         self.proj = conv_norm_acts(in_dim, layers, partial(nn.ReLU, inplace=True), **dd).append(nn.ReLU(inplace=True))
-        self.pos_embed = PositionEmbed(dim, pos_embed_size, "bilinear", **dd)
+        self.pos_embed = PositionEmbed(dim, pos_embed_size, "bilinear", antialias=False, **dd)
         self.cls_token = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
         self.cls_pos = nn.Parameter(torch.empty(1, 1, dim, **dd)) if class_token else None
         self.reset_parameters()
@@ -162,7 +162,7 @@ class PostNormBlock(nn.Module):
         self.drop1 = nn.Dropout(drop)
         self.norm1 = LayerNorm(dim, eps=1e-5, **dd)
         tanh_gelu = partial(nn.GELU, approximate="tanh")
-        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=tanh_gelu, drop=proj_drop, **dd)
+        self.mlp = TokenMlp(dim, int(dim * mlp_ratio), act_layer=tanh_gelu, drop=proj_drop, **dd)
         self.drop2 = nn.Dropout(drop)
         self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
 

@@ -184,6 +184,8 @@ VARIANTS = {
     "vanilla_vmamba_tiny": dict(embed_dim=96, depths=(2, 2, 9, 2), drop_path_rate=0.2, **_VANILLA),
     "vanilla_vmamba_small": dict(embed_dim=96, depths=(2, 2, 27, 2), drop_path_rate=0.3, **_VANILLA),
     "vanilla_vmamba_base": dict(embed_dim=128, depths=(2, 2, 27, 2), drop_path_rate=0.6, **_VANILLA),
+    # For the digits: as many multiply-adds as nat_digits, within 2 %.
+    "vmamba_digits": dict(embed_dim=32, depths=(2, 2, 2, 1)),
 }
 
 # Files of the authors' releases.
@@ -199,14 +201,22 @@ _FILES = {
     "vanilla_vmamba_base": "v0cls/vssmbase_dp06_ckpt_epoch_241",
 }
 
-default_cfgs = generate_default_cfgs({
-    f"{variant}.in1k": {
-        "url": f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}.pth", "num_classes": 1000,
-        "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875, "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "stem.conv1", "classifier": "head.fc",
-        "license": "mit", "paper_ids": "arXiv:2401.10166", "origin_url": "https://github.com/MzeroMiko/VMamba",
+
+def cfg(file: str, **kwargs):
+    return {
+        "url": f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}.pth" if file else "",
+        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
+        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.conv1", "classifier": "head.fc", "license": "mit", "paper_ids": "arXiv:2401.10166",
+        "origin_url": "https://github.com/MzeroMiko/VMamba", **kwargs,
     }
-    for variant, file in _FILES.items()
+
+
+default_cfgs = generate_default_cfgs({
+    **{f"{variant}.in1k": cfg(file) for variant, file in _FILES.items()},
+    "vmamba_digits.untrained": cfg(
+        "", num_classes=10, input_size=(3, 32, 32), pool_size=(1, 1), crop_pct=1.0, mean=(0.5,) * 3, std=(0.5,) * 3
+    ),
 })
 
 

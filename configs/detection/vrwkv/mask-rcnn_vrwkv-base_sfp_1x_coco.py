@@ -1,0 +1,4 @@
+_base_ = "mask-rcnn_vrwkv-tiny_sfp_1x_coco.py"
+
+model = dict(backbone=dict(model_name="vrwkv_base", drop_path_rate=0.3), neck=dict(in_channels=768))
+optim_wrapper = dict(optimizer=dict(lr=1e-4, weight_decay=0.05))

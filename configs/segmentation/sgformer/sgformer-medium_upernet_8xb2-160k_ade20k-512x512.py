@@ -1,0 +1,7 @@
+_base_ = "sgformer-small_upernet_8xb2-160k_ade20k-512x512.py"
+
+model = dict(
+    backbone=dict(model_name="sgformer_medium", drop_path_rate=0.2),
+    decode_head=dict(in_channels=[64, 128, 256, 512]),
+    auxiliary_head=dict(in_channels=256),
+)

@@ -106,7 +106,7 @@ def test_a_failed_call_leaves_a_reduced_model_as_it_was(images):
     [
         ("tome", dict(r=10), [54, 44, 34, 24]),
         ("tome", dict(r=(10, 1.0)), [64, 58, 45, 25]),
-        ("tome", dict(r=(10, -1.0)), [44, 31, 25, 25]),
+        ("tome", dict(r=[10, -1.0]), [44, 31, 25, 25]),  # as a recipe has it
         ("tome", dict(r=[0, 20, 0, 4]), [64, 44, 44, 40]),
         ("tome", dict(r={2: 8}), [64, 64, 56, 56]),
         ("tome", dict(r=30), [34, 17, 9, 5]),  # half at most

@@ -22,7 +22,7 @@ def removed(entry: int | float, n: int, limit: int) -> int:
 def constant_r(r: int | tuple[int, float] | Sequence[int] | Mapping[int, int], method: Method, depth: int) -> Schedule:
     """The schedule of an `r` as `reduce_tokens` takes it."""
     blocks = list(method.blocks(depth))
-    if isinstance(r, tuple) and len(r) == 2 and isinstance(r[1], float):
+    if isinstance(r, Sequence) and len(r) == 2 and isinstance(r[1], float):  # a list, too: files know no tuples
         mean, slope = r
         if not -1 <= slope <= 1:
             raise ValueError(f"r = (mean, slope) must have its slope in [-1, 1], got {slope}")

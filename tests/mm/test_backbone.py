@@ -67,6 +67,40 @@ def test_arguments_reach_the_model():
         TimmBackbone("nat_digits", windows=7)
 
 
+@pytest.mark.parametrize("arguments", [
+    dict(model_name="test_vit"),
+    dict(model_name="deit_tiny_patch16_224_elu", mixer="softmax", depth=2),  # a column of ours
+])
+def test_reduced_vits_give_whole_maps(arguments):
+    def maps(**reduction):
+        torch.manual_seed(0)
+        backbone = TimmBackbone(**arguments, out_indices=(0, -1), reduction=reduction or None).eval()
+        backbone.init_weights()
+        return backbone(x)
+
+    x = torch.randn(2, 3, 72, 104)
+    with torch.no_grad():
+        for whole, still, fewer in zip(maps(), maps(method="tome", r=0), maps(method="tome", r=8), strict=True):
+            assert torch.equal(whole, still)
+            assert fewer.shape == whole.shape
+            assert torch.isfinite(fewer).all()
+            assert not torch.equal(whole, fewer)
+
+
+def test_reduction_parameters_outlive_a_checkpoint(tmp_path):
+    whole = timm.create_model("test_vit")
+    save_file(whole.state_dict(), tmp_path / "vit.safetensors")
+    backbone = TimmBackbone(
+        "test_vit", out_indices=(-1,), checkpoint=str(tmp_path / "vit.safetensors"), reduction=dict(method="as_vit")
+    )
+    thresholds = [p.clone() for key, p in backbone.model.named_parameters() if key.startswith("reducer.")]
+    backbone.init_weights()
+    assert torch.equal(backbone.model.blocks[0].mlp.fc1.weight, whole.blocks[0].mlp.fc1.weight)
+    kept = [p for key, p in backbone.model.named_parameters() if key.startswith("reducer.")]
+    assert kept
+    assert all(torch.equal(p, before) for p, before in zip(kept, thresholds, strict=True))
+
+
 # ---- Weights --------------------------------------------------------------------------------------------------------
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlparse
 
 import timm
@@ -15,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 import visionbb  # noqa: F401  (registers the models)
 
+from ..reduction import reduce_tokens
 from ..registry import MODELS
 
 # What makes timm's models of fixed input size take any: keyword arguments by the module that defines the model.
@@ -45,6 +47,8 @@ class TimmBackbone(BaseModule):
         norm_eval: keep batch norms of the model at their running statistics.
         with_cp: recompute activations in the backward pass to save memory.
         out_norm: layer norm on every output, not part of classification checkpoints.
+        reduction: what `visionbb.reduction.reduce_tokens` takes beside the model, such as dict(method="tome", r=8);
+            maps are whole all the same.
         **kwargs: to the model: `drop_path_rate`, `dilations`, ...
 
     Weights are loaded by `init_weights`, which mmengine's Runner calls before training.
@@ -66,6 +70,7 @@ class TimmBackbone(BaseModule):
         norm_eval: bool = False,
         with_cp: bool = False,
         out_norm: bool = True,
+        reduction: Mapping[str, Any] | None = None,
         **kwargs,
     ):
         super().__init__()
@@ -89,6 +94,8 @@ class TimmBackbone(BaseModule):
         self.strides = [info[i]["reduction"] for i in self.out_indices]
         self.out_norms = nn.ModuleList(LayerNorm2d(c) if out_norm else nn.Identity() for c in self.channels)
         self.model.set_grad_checkpointing(with_cp)
+        if reduction is not None:
+            reduce_tokens(self.model, **reduction)
         self._freeze(frozen_stages)
 
     def _create(self, pretrained: bool = False) -> nn.Module:
@@ -111,8 +118,10 @@ class TimmBackbone(BaseModule):
             whole = self._create(self.pretrained)
             if self.checkpoint:
                 load_classifier(whole, self.checkpoint)
-            weights = whole.state_dict()
-            self.model.load_state_dict({key: weights[key] for key in self.model.state_dict()})
+            weights, own = whole.state_dict(), self.model.state_dict()
+            # A reduction may have parameters, which no classification checkpoint knows.
+            known = {key: weights[key] for key in own if not key.startswith("reducer.")}
+            self.model.load_state_dict({**own, **known})
         self._is_init = True
 
     # ---- Frozen parts -----------------------------------------------------------------------------------------------

@@ -185,11 +185,9 @@ def test_cost_grows_with_the_number_of_pixels():
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_compiles_in_one_graph(name):
+def test_compiles_in_one_graph(compiles_in_one_graph, name):
     model = tiny(name, depth=1)
-    torch._dynamo.reset()
-    x = images(64, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiles_in_one_graph(model, images(64, 64))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -132,11 +132,9 @@ def test_scan_parameters_are_kept_from_weight_decay():
     assert model.no_weight_decay() == {f"{key}.{name}" for key in scans for name in ("A_log", "D", "dt_bias")}
 
 
-def test_compiles_in_one_graph():
+def test_compiles_in_one_graph(compiles_in_one_graph):
     model = tiny(depths=(1, 1), routes=ROUTES[:2])
-    torch._dynamo.reset()
-    x = images(64, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiles_in_one_graph(model, images(64, 64))
 
 
 def test_onnxruntime_agrees(tmp_path):

@@ -88,11 +88,9 @@ def test_native_checkpoints_come_back_as_they_are(tmp_path):
     torch.testing.assert_close(again(x), model(x), rtol=0, atol=0)
 
 
-def test_compiles_in_one_graph():
+def test_compiles_in_one_graph(compiles_in_one_graph):
     model = tiny(depths=(1, 1))
-    torch._dynamo.reset()
-    x = images(64, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiles_in_one_graph(model, images(64, 64))
 
 
 def test_errors():

@@ -145,19 +145,9 @@ def test_biases_of_time_steps_are_doubled_once(request):
     torch.testing.assert_close(model.blocks[1].mixer.dt_bias, 2 * bias)
 
 
-def test_onnxruntime_agrees_on_any_batch(tmp_path):
-    onnxruntime = pytest.importorskip("onnxruntime")
+def test_onnxruntime_agrees_on_any_batch(onnxruntime_agrees):
     model = tiny(depth=1)
-    batch = torch.export.Dim("batch", min=2, max=16)
-    torch.onnx.export(
-        model, (images(64, 48),), tmp_path / "model.onnx", dynamo=True, verbose=False, dynamic_shapes=({0: batch},)
-    )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(tmp_path / "model.onnx", options, providers=["CPUExecutionProvider"])
-    x = torch.cat((images(64, 48), images(64, 48).flip(3)))
-    (got,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
-    torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-3, atol=1e-4)
+    onnxruntime_agrees(model, images(64, 48))
 
 
 @pytest.mark.parametrize("permute", ["u", "all"])
@@ -167,8 +157,6 @@ def test_scripts(permute):
     torch.testing.assert_close(scripted(images(64, 50)), model(images(64, 50)))
 
 
-def test_compiles_in_one_graph():
+def test_compiles_in_one_graph(compiles_in_one_graph):
     model = tiny()
-    torch._dynamo.reset()
-    x = images(64, 48)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiles_in_one_graph(model, images(64, 48))

@@ -219,8 +219,6 @@ def test_onnxruntime_agrees(tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-3, atol=1e-4)
 
 
-def test_compiles_in_one_graph():
+def test_compiles_in_one_graph(compiles_in_one_graph):
     model = tiny(**TWO_STAGES)
-    torch._dynamo.reset()
-    x = images(64, 64)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiles_in_one_graph(model, images(64, 64))

@@ -211,8 +211,6 @@ def test_onnxruntime_agrees(tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), model(x), rtol=1e-3, atol=1e-4)
 
 
-def test_compiles_in_one_graph():
+def test_compiles_in_one_graph(compiles_in_one_graph):
     model = tiny(depths=(2, 1, 1), num_heads=(2, 2, 2))
-    torch._dynamo.reset()
-    x = images(150, 130)
-    torch.testing.assert_close(torch.compile(model, fullgraph=True, backend="aot_eager")(x), model(x))
+    compiles_in_one_graph(model, images(150, 130))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -60,19 +60,11 @@ def dwconv2d(
         return wide + dwconv2d(x, weight, bias, dilation=dilation)
     if reference_chosen():
         return reference.dwconv2d(x, weight, bias, dilation, residual)
-    if not (_recorded() or _differentiated(x, weight, bias)) and _path(x) is portable:
+    if eager_inference(x, weight, bias) and _path(x) is portable:
         return portable.forward(x, weight, bias, dilation, residual)
     if exporting():
         return portable.exportable(x, weight, bias, dilation, residual)
     return torch.ops.visionbb.dwconv2d(x, weight, bias, dilation, residual)
-
-
-def _recorded() -> bool:
-    return torch.compiler.is_compiling() or torch.jit.is_tracing()
-
-
-def _differentiated(*tensors: torch.Tensor | None) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _as(parameter: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:

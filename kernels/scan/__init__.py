@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -237,10 +237,7 @@ def scan_routes(
         ValueError: an unknown name, or a side or a step below 1.
     """
     names = (routes,) if isinstance(routes, str) else tuple(routes)
-    recording = exporting() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recording or torch.utils._python_dispatch._get_current_dispatch_mode() is not None:
-        return table(names, H, W, device)
-    return _kept_table(names, H, W, device)
+    return (_kept_table if eager_inference() else table)(names, H, W, device)
 
 
 @functools.lru_cache(maxsize=256)

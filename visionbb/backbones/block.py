@@ -9,6 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..mixers.conv import DepthwiseConv
+from ..mixers.linear import Linear
 from .layers import TokenMlp, in_slabs
 
 
@@ -45,11 +46,11 @@ class ConvMlp(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.act_last = act_last
-        self.fc1 = nn.Linear(dim, hidden, **dd)
+        self.fc1 = Linear(dim, hidden, **dd)
         self.act = act_layer()
         self.drop1 = nn.Dropout(drop)
         self.conv = DepthwiseConv(hidden, kernel_size, residual=True, **dd)
-        self.fc2 = nn.Linear(hidden, dim, **dd)
+        self.fc2 = Linear(hidden, dim, **dd)
         self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -3,12 +3,13 @@
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.nn.functional as F
-from timm.layers import Mlp, trunc_normal_
+from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import nn
 
+from ..kernels._dispatch import eager_inference
 from ..mixers.conv import DepthwiseConv
+from ..mixers.linear import Linear, linear
 
 
 class PointwiseConv(nn.Conv2d):
@@ -18,7 +19,7 @@ class PointwiseConv(nn.Conv2d):
         super().__init__(in_chans, dim, 1, bias=bias, device=device, dtype=dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
+        return linear(x.permute(0, 2, 3, 1), self.weight.flatten(1), self.bias).permute(0, 3, 1, 2)
 
 
 def conv_norm_acts(
@@ -60,11 +61,27 @@ SLAB = 2**19  # numbers of a hidden layer that stay in cache
 
 
 @register_notrace_module  # slabs by the number of tokens
-class TokenMlp(Mlp):
-    """timm's MLP on (..., dim), which takes wide maps in slabs of tokens on a CPU that only infers.
+class TokenMlp(nn.Module):
+    """fc2(act(fc1(x))) on (..., dim), wide maps in slabs of tokens on a CPU that only infers.
 
     There, writing and reading the hidden layer of a large map costs more than its activation.
     """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden: int,
+        act_layer: Callable[[], nn.Module] = nn.GELU,
+        drop: float = 0.0,
+        device=None,
+        dtype=None,
+    ):
+        super().__init__()
+        self.fc1 = Linear(dim, hidden, device=device, dtype=dtype)
+        self.act = act_layer()
+        self.drop1 = nn.Dropout(drop)
+        self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
+        self.drop2 = nn.Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():
@@ -73,7 +90,7 @@ class TokenMlp(Mlp):
             return in_slabs(self.layers, x.flatten(0, -2), self.fc1.out_features).view(x.shape)
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        return self.drop2(self.fc2(self.norm(self.drop1(self.act(self.fc1(x))))))
+        return self.drop2(self.fc2(self.drop1(self.act(self.fc1(x)))))
 
 
 def in_slabs(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
@@ -82,7 +99,7 @@ def in_slabs(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hi
     Args:
         hidden: numbers of the widest layers in memory at once, an entry.
     """
-    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing()
-    if recorded or x.device.type != "cpu" or x.shape[0] * hidden * x.element_size() <= WIDEST_HIDDEN:
+    narrow = x.shape[0] * hidden * x.element_size() <= WIDEST_HIDDEN
+    if narrow or x.device.type != "cpu" or torch.is_grad_enabled() or not eager_inference():
         return layers(x)
     return torch.cat([layers(slab) for slab in x.split(max(1, SLAB // hidden))])

@@ -8,6 +8,7 @@ from torch import nn
 
 from ..kernels import Rotary, rotary2d
 from .conv import DepthwiseConv
+from .linear import Linear
 
 ROTARY = ("", "head", "map")
 GATES = ("", "mul", "silu")
@@ -71,12 +72,12 @@ class GlobalAttention(nn.Module):
             self.rotary_span, self.rotary_ratio = turn
         self.projections = ("q", "k", *(["v"] if value_proj else []), *(["gate"] if gate else []))
         self.parts = len(self.projections)
-        self.qkv = nn.Linear(dim, self.parts * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, self.parts * dim, bias=qkv_bias, **dd)
         self.local = None
         if local_kernel:
             self.local = DepthwiseConv(dim, local_kernel, repeats=num_heads if share_local else 1, **dd)
         self.norm = LayerNorm(dim, eps=1e-5, **dd) if out_norm else None
-        self.proj = nn.Linear(dim, dim, **dd) if out_proj else nn.Identity()
+        self.proj = Linear(dim, dim, **dd) if out_proj else nn.Identity()
         self.proj_drop = nn.Dropout(proj_drop)
 
     @torch.jit.ignore
@@ -241,9 +242,9 @@ class RelativeAttention(nn.Module):
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
         dd = {"device": device, "dtype": dtype}
         self.num_heads = num_heads
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * map_size[0] - 1, 2 * map_size[1] - 1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

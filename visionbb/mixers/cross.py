@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import nn
 
+from .linear import Linear
 from .window import from_windows, to_windows
 
 
@@ -27,9 +28,9 @@ class CrossAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.num_heads = num_heads
-        self.q = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.kv = nn.Linear(dim, 2 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.q = Linear(dim, dim, bias=qkv_bias, **dd)
+        self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels import dwconv2d
 from .attention import GlobalAttention
+from .linear import Linear
 
 
 @register_notrace_module  # pads by the size of the map; leaves autocast
@@ -66,12 +67,12 @@ class GaussianAttention(nn.Module):
         self.ratio = ratio
         self.normalized = normalized
         self.iterations = iterations
-        self.qv = nn.Linear(dim, 2 * dim, **dd)
+        self.qv = Linear(dim, 2 * dim, **dd)
         self.landmarks = nn.Conv2d(self.head_dim, self.head_dim, ratio, ratio, bias=False, **dd)
         self.norm = LayerNorm(self.head_dim, eps=1e-5, **dd)
         self.act = nn.GELU()
         self.local = nn.Parameter(torch.empty(num_heads, 1, local_kernel, local_kernel, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kernels import scan_routes, selective_scan
 from .conv import SequenceConv
+from .linear import Linear, linear
 from .state_space import ChannelAttention, init_time_steps_
 
 
@@ -63,8 +64,8 @@ class S6(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         u = F.silu(self.conv(x))
-        low, B, C = F.linear(u, self.x_proj).split(self.split, -1)
-        dt, A = F.linear(low, self.dt_proj), -self.A_log.exp()
+        low, B, C = linear(u, self.x_proj).split(self.split, -1)
+        dt, A = linear(low, self.dt_proj), -self.A_log.exp()
         if torch.jit.is_scripting():
             B, C = B.unsqueeze(2), C.unsqueeze(2)
             y, _ = torch.ops.visionbb.selective_scan(u, dt, A, B, C, self.D, self.dt_bias, True, self.reverse)
@@ -95,10 +96,10 @@ class BidirectionalMamba(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         inner, rank = expand * dim, math.ceil(dim / 16)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * inner, bias=False, **dd)
         self.s6 = S6(inner, SequenceConv(inner, d_conv, **dd), d_state, rank, **dd)
         self.s6_reverse = S6(inner, SequenceConv(inner, d_conv, "future", **dd), d_state, rank, reverse=True, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -143,13 +144,13 @@ class LocalMamba(nn.Module):
         dd = {"device": device, "dtype": dtype}
         inner, rank = expand * dim, math.ceil(dim / 16)
         self.routes = list(routes)
-        self.in_proj = nn.Linear(dim, 2 * inner, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * inner, bias=False, **dd)
         self.s6 = nn.ModuleList(
             S6(inner, SequenceConv(inner, d_conv, **dd), d_state, rank, **dd)
             for _ in range(len(scan_routes(self.routes, 64, 64)))
         )
         self.attn = ChannelAttention(inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -210,10 +211,10 @@ class MambaVisionMixer(nn.Module):
         if dim % 2:
             raise ValueError(f"dim must be even, got {dim}")
         half = dim // 2
-        self.in_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.in_proj = Linear(dim, dim, bias=False, **dd)
         self.s6 = S6(half, SequenceConv(half, d_conv, "both", bias=False, **dd), d_state, math.ceil(dim / 16), **dd)
         self.conv = SequenceConv(half, d_conv, "both", bias=False, **dd)
-        self.out_proj = nn.Linear(dim, dim, bias=False, **dd)
+        self.out_proj = Linear(dim, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

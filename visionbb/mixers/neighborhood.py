@@ -9,6 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..kernels import na2d_qkvpacked
+from .linear import Linear
 
 PAD_MODES = ("natten14", "mask", "error")
 
@@ -75,12 +76,12 @@ class NeighborhoodAttention(nn.Module):
         self.min_size = [1, 1] if window == "disc" else [
             k * d for k, d in zip(self.kernel_size, self.dilation, strict=True)
         ]
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = None
         if rel_pos_bias:
             kh, kw = self.kernel_size
             self.rpb = nn.Parameter(torch.empty(num_heads, 2 * kh - 1, 2 * kw - 1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

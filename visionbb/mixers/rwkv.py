@@ -9,6 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..kernels import bi_wkv
+from .linear import Linear
 
 
 def q_shift(x: torch.Tensor) -> torch.Tensor:
@@ -58,11 +59,11 @@ class SpatialMix(nn.Module):
         self.mix_k = nn.Parameter(torch.empty(dim, **dd))
         self.mix_v = nn.Parameter(torch.empty(dim, **dd))
         self.mix_r = nn.Parameter(torch.empty(dim, **dd))
-        self.key = nn.Linear(dim, dim, bias=False, **dd)
-        self.value = nn.Linear(dim, dim, bias=False, **dd)
-        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.key = Linear(dim, dim, bias=False, **dd)
+        self.value = Linear(dim, dim, bias=False, **dd)
+        self.receptance = Linear(dim, dim, bias=False, **dd)
         self.norm = LayerNorm(dim, eps=1e-5, **dd) if norm else nn.Identity()
-        self.output = nn.Linear(dim, dim, bias=False, **dd)
+        self.output = Linear(dim, dim, bias=False, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -130,10 +131,10 @@ class ChannelMix(nn.Module):
         hidden = int(dim * mlp_ratio)
         self.mix_k = nn.Parameter(torch.empty(dim, **dd))
         self.mix_r = nn.Parameter(torch.empty(dim, **dd))
-        self.key = nn.Linear(dim, hidden, bias=False, **dd)
+        self.key = Linear(dim, hidden, bias=False, **dd)
         self.norm = LayerNorm(hidden, eps=1e-5, **dd) if norm else nn.Identity()
-        self.value = nn.Linear(hidden, dim, bias=False, **dd)
-        self.receptance = nn.Linear(dim, dim, bias=False, **dd)
+        self.value = Linear(hidden, dim, bias=False, **dd)
+        self.receptance = Linear(dim, dim, bias=False, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

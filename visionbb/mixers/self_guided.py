@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels import attention_column_mean
 from .conv import DepthwiseConv
+from .linear import Linear
 
 
 class LocalSumAttention(nn.Module):
@@ -34,9 +35,9 @@ class LocalSumAttention(nn.Module):
         if dim % num_heads:
             raise ValueError(f"dim must be a multiple of num_heads, got {dim} and {num_heads}")
         self.head_dim = dim // num_heads
-        self.in_proj = nn.Linear(dim, width or 4 * dim, **dd)
+        self.in_proj = Linear(dim, width or 4 * dim, **dd)
         self.local = DepthwiseConv(dim, 3, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -103,7 +104,7 @@ class HybridScaleAttention(LocalSumAttention):
         self.reduce = nn.Conv2d(dim, dim, sr_ratio, sr_ratio, **dd)
         self.norm = LayerNorm(dim, eps=1e-5, **dd)
         self.act = nn.GELU()
-        self.kv = nn.Linear(dim, dim, **dd)
+        self.kv = Linear(dim, dim, **dd)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         q, qkv, local = self.in_proj(x).split(self.parts, -1)
@@ -205,8 +206,8 @@ class SelfGuidedAttention(LocalSumAttention):
         if len(quarters) != len(group_sizes) or sum(quarters) != 4:
             raise ValueError(f"quarters must be one number a part ({len(group_sizes)}), four in sum, got {quarters}")
         self.quarters = list(quarters)
-        self.groups = nn.ModuleList(nn.Linear(size, 1, **dd) for size in group_sizes)
-        self.kv = nn.Linear(dim, 2 * dim, **dd)
+        self.groups = nn.ModuleList(Linear(size, 1, **dd) for size in group_sizes)
+        self.kv = Linear(dim, 2 * dim, **dd)
 
     def forward(self, x: torch.Tensor, significance: torch.Tensor) -> torch.Tensor:
         q, local = self.in_proj(x).chunk(2, -1)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kernels import scan_routes, ss2d
 from .conv import DepthwiseConv
+from .linear import Linear
 from .state_space import init_time_steps_
 
 
@@ -59,15 +60,15 @@ class SnakeSS2D(nn.Module):
         self.d_state, self.rank = d_state, rank
         self.permute = permute
         self.routes = ["snake"]
-        self.in_proj = nn.Linear(dim, 2 * inner, **dd)
+        self.in_proj = Linear(dim, 2 * inner, **dd)
         self.conv = DepthwiseConv(inner, kernel_size, **dd)
-        self.x_proj = nn.Linear(inner, rank + 2 * d_state, bias=False, **dd)
+        self.x_proj = Linear(inner, rank + 2 * d_state, bias=False, **dd)
         self.dt_proj = nn.Parameter(torch.empty(inner, rank, **dd))
         self.dt_bias = nn.Parameter(torch.empty(inner, **dd))
         self.A_log = nn.Parameter(torch.empty(inner, d_state, **dd))
         self.D = nn.Parameter(torch.empty(inner, **dd))
         self.direction_B = nn.Parameter(torch.empty(5, d_state, **dd))  # by `step_directions`
-        self.out_proj = nn.Linear(inner, dim, **dd)
+        self.out_proj = Linear(inner, dim, **dd)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels import scan_routes, ss2d, ssd
 from .conv import DepthwiseConv
+from .linear import Linear, linear
 
 
 class WideNorm(LayerNorm):
@@ -48,8 +49,8 @@ class ChannelAttention(nn.Module):
         if dim < reduction:
             raise ValueError(f"dim must be at least reduction = {reduction}, got {dim}")
         self.norm = WideNorm(dim, **dd)
-        self.fc1 = nn.Linear(dim, dim // reduction, **dd)
-        self.fc2 = nn.Linear(dim // reduction, dim, **dd)
+        self.fc1 = Linear(dim, dim // reduction, **dd)
+        self.fc2 = Linear(dim // reduction, dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         mean = self.norm(x).mean((1, 2), keepdim=True).to(self.fc1.weight.dtype)
@@ -105,7 +106,7 @@ class SS2D(nn.Module):
         self.merge = merge
         self.gate = gate
         K = len(scan_routes(self.routes, 64, 64))
-        self.in_proj = nn.Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
+        self.in_proj = Linear(dim, 2 * inner if gate else inner, bias=False, **dd)
         self.conv = DepthwiseConv(inner, 3, bias=conv_bias, **dd)
         # Parameters of all routes: time steps, B and C from a token; time steps of all channels; A and D.
         self.x_proj = nn.Parameter(torch.empty(K, rank + 2 * d_state, inner, **dd))
@@ -115,7 +116,7 @@ class SS2D(nn.Module):
         self.D = nn.Parameter(torch.empty(K, inner, **dd))
         self.attn = ChannelAttention(inner, **dd) if merge == "stack" else nn.Identity()
         self.norm = WideNorm(inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 
@@ -136,7 +137,7 @@ class SS2D(nn.Module):
     def project(self, x: torch.Tensor, routes: torch.Tensor) -> torch.Tensor:
         """Time steps, B and C of every token for all routes, or, where they share out the map, for its own alone."""
         if self.merge != "scatter":
-            return F.linear(x, self.x_proj.flatten(0, 1))
+            return linear(x, self.x_proj.flatten(0, 1))
         _, H, W, _ = x.shape
         rows = x.flatten(1, 2).index_select(1, routes.flatten().clamp(min=0)).unflatten(1, [routes.shape[0], -1])
         rows = torch.einsum("bksd,krd->bksr", rows, self.x_proj).flatten(1, 2)
@@ -205,13 +206,13 @@ class NonCausalSSD(nn.Module):
         self.num_heads = num_heads
         self.split = [inner, inner + 2 * d_state, num_heads]
         self.d_state = d_state
-        self.in_proj = nn.Linear(dim, sum(self.split), bias=False, **dd)
+        self.in_proj = Linear(dim, sum(self.split), bias=False, **dd)
         self.conv = DepthwiseConv(inner + 2 * d_state, 3, **dd)
         self.dt_bias = nn.Parameter(torch.empty(num_heads, **dd))
         self.A_log = nn.Parameter(torch.empty(num_heads, **dd))
         self.D = nn.Parameter(torch.empty(num_heads, **dd))
         self.norm = WideNorm(inner, **dd)
-        self.out_proj = nn.Linear(inner, dim, bias=False, **dd)
+        self.out_proj = Linear(inner, dim, bias=False, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
         self.reset_parameters()
 

@@ -7,6 +7,7 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 
 from .attention import relative_bias
+from .linear import Linear
 
 
 @register_notrace_module  # windows by the size of the map
@@ -45,8 +46,8 @@ class WindowAttention(nn.Module):
             raise ValueError(f"window_size must be at least 1 a side, got {window_size}")
         self.num_heads = num_heads
         self.rows, self.cols = rows, cols
-        self.qkv = nn.Linear(dim, 3 * dim, bias=qkv_bias, **dd)
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
+        self.proj = Linear(dim, dim, **dd)
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

@@ -25,6 +25,7 @@ from ..backbones import PatchConv, Pyramid, keep_native
 from ..backbones.block import InplaceGELU, Residual
 from ..backbones.layers import init_convs
 from ..mixers import DepthwiseConv, LinearAttention
+from ..mixers.linear import Linear
 from ._registry import create_from, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
@@ -108,11 +109,11 @@ class Interaction(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm = nn.BatchNorm2d(dim, **dd)
-        self.fc1 = nn.Linear(dim, ratio * dim, **dd)
+        self.fc1 = Linear(dim, ratio * dim, **dd)
         self.act = InplaceGELU()
         self.conv = DepthwiseConv(ratio * dim, 3, **dd)
         self.drop = nn.Dropout(drop)
-        self.fc2 = nn.Linear(ratio * dim, dim, **dd) if project else nn.Identity()
+        self.fc2 = Linear(ratio * dim, dim, **dd) if project else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         x = self.norm(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

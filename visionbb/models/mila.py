@@ -24,6 +24,7 @@ from torch import nn
 from ..backbones import Block, Pyramid, keep_native
 from ..backbones.layers import PointwiseConv, conv_norm_acts
 from ..mixers import DepthwiseConv, LinearAttention
+from ..mixers.linear import Linear
 from ._registry import create_from, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
@@ -110,13 +111,13 @@ class MambaMixer(nn.Module):
     def __init__(self, dim: int, num_heads: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.in_proj = nn.Linear(dim, dim, **dd)
-        self.act_proj = nn.Linear(dim, dim, **dd)
+        self.in_proj = Linear(dim, dim, **dd)
+        self.act_proj = Linear(dim, dim, **dd)
         self.dwc = DepthwiseConv(dim, 3, **dd)
         self.attn = LinearAttention(
             dim, num_heads, "elu", rotary="map", local_kernel=3, value_proj=False, out_proj=False, **dd
         )
-        self.out_proj = nn.Linear(dim, dim, **dd)
+        self.out_proj = Linear(dim, dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = F.silu(self.act_proj(x), inplace=True)

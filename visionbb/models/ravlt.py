@@ -28,6 +28,7 @@ from torch import nn
 from ..backbones import Block, Pyramid, keep_native
 from ..backbones.layers import conv_norm_acts, init_convs
 from ..mixers import LinearAttention, SoftmaxAttention
+from ..mixers.linear import Linear
 from ._registry import create_from, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
@@ -118,7 +119,7 @@ class ProjectedHead(ClassifierHead):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__(hidden, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
-        self.proj = nn.Linear(in_features, hidden, **dd)
+        self.proj = Linear(in_features, hidden, **dd)
         self.norm = nn.BatchNorm2d(hidden, **dd)
         self.act = nn.SiLU()
 

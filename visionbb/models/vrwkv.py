@@ -24,6 +24,7 @@ from torch import nn
 from ..backbones import Columnar, PositionEmbed, keep_native
 from ..backbones.block import Residual
 from ..mixers import ChannelMix, SpatialMix
+from ..mixers.linear import Linear
 from ._registry import create_from, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
@@ -117,7 +118,7 @@ class HiddenHead(ClassifierHead):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__(hidden, num_classes, check_pool(pool_type), drop_rate, input_fmt="NHWC", **dd)
-        self.hidden = nn.Linear(in_features, hidden, **dd)
+        self.hidden = Linear(in_features, hidden, **dd)
 
     def reset(self, num_classes: int, pool_type: str | None = None, in_features: int | None = None, **dd) -> None:
         """As timm's; the hidden layer stays, and decides the width of the classifier."""

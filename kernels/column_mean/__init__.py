@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -54,7 +54,8 @@ def attention_column_mean(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if reference_chosen() or exporting():
         return reference.attention_column_mean(q, k, key_bias, weight, scale)
-    return torch.ops.visionbb.attention_column_mean(q, k, key_bias, weight, scale)
+    op = _column_mean if eager_inference() else torch.ops.visionbb.attention_column_mean
+    return op(q, k, key_bias, weight, scale)
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------
@@ -86,16 +87,18 @@ def _check(q, k, key_bias, weight) -> None:
 
 # ---- Registration: custom op, fake, FLOPs ---------------------------------------------------------------------------
 
-@torch.library.custom_op(
-    "visionbb::attention_column_mean", mutates_args=(),
-    schema="(Tensor q, Tensor k, Tensor? key_bias, Tensor? weight, float scale) -> Tensor",
-)
-def _op(q, *args):
+def _column_mean(q, *args):
     path = portable
     if resolve(q, refuses(q)) == "triton":
         from . import triton as path  # compiles kernels: only where they run
     with torch.autocast(q.device.type, enabled=False):
         return path.attention_column_mean(q, *args)
+
+
+_op = torch.library.custom_op(
+    "visionbb::attention_column_mean", _column_mean, mutates_args=(),
+    schema="(Tensor q, Tensor k, Tensor? key_bias, Tensor? weight, float scale) -> Tensor",
+)
 
 
 @_op.register_fake

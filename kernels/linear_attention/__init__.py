@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from ..rotary import Rotary
@@ -82,7 +82,8 @@ def linear_attention(
         return reference.linear_attention(q, k, v, key_weight, local, gate, form)
     if exporting():
         return portable.exportable(q, k, v, key_weight, local, gate, form)
-    return torch.ops.visionbb.linear_attention(q, k, v, key_weight, local, gate, *_flat(form))[0]
+    op = _forward if eager_inference(q, k, v, key_weight, local, gate) else torch.ops.visionbb.linear_attention
+    return op(q, k, v, key_weight, local, gate, *_flat(form))[0]
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------
@@ -137,12 +138,15 @@ def _path(q, v, form: Form):
     return portable
 
 
-@torch.library.custom_op(
-    "visionbb::linear_attention", mutates_args=(), schema=f"({_TENSORS}, {_FORM}) -> (Tensor out, Tensor state)"
-)
-def _op(*args):
+def _forward(*args):
     tensors, form = args[:_INPUTS], _form(*args[_INPUTS:])
     return _path(tensors[0], tensors[2], form).forward(*tensors, form)
+
+
+_op = torch.library.custom_op(
+    "visionbb::linear_attention", _forward, mutates_args=(),
+    schema=f"({_TENSORS}, {_FORM}) -> (Tensor out, Tensor state)",
+)
 
 
 @_op.register_fake

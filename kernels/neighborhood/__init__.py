@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -187,9 +187,11 @@ def _checked(q, rpb, kernel_size, dilation, stride, scale, causal, window, clip)
 
 
 def _composite(q, k, v, rpb, window: Window, scale: float, return_lse: bool):
-    """(out, lse) in PyTorch's own operators where the registered op must not show; None elsewhere."""
+    """(out, lse) in PyTorch's own operators where the registered op must not show or need not; None elsewhere."""
     if reference_chosen():
         return reference.na2d(q, k, v, rpb, window, scale)
+    if eager_inference(q, k, v, rpb) and _path(q, k, v, rpb, window) is portable:
+        return portable.forward(q, k, v, rpb, window, scale, return_lse)
     if exporting():
         return portable.exportable(q, k, v, rpb, window, scale, return_lse)
     return None

@@ -1,18 +1,21 @@
 """Neighborhood attention in plain PyTorch: query tiles, each with the halo of keys that its windows touch.
 
-A tile of neighbouring queries of one dilation group sees few keys more than one query does, so that copying those once
-and attending densely under a mask costs a small constant over the useful work, where a gather per query moves every
-key k*k times and a mask over the map costs N x N. Where windows cover their group (kernel * dilation = length), a
-tile is a group and nothing is masked.
+A tile of neighbouring queries of one dilation group sees few keys more than one query does, so that attending densely
+under a mask costs a small constant over the useful work, where a gather per query moves every key k*k times and a mask
+over the map costs N x N. The map is cut into vertical strips, copied once with the columns of their halo; the rows of a
+strip lie one after the other, so that a tile and its halo are slices of it. Where windows cover their group
+(kernel * dilation = length), a tile is a group and nothing is masked; where a strip is as wide as the map, nothing is
+copied.
 
 Dilation groups of one length share all tables; a map has at most two lengths an axis, so that a plan has one to four
-parts. Tiles start at few distinct steps, so that strided views copy them without index tables. The work goes in chunks
+parts. Strips start at few distinct steps, so that strided views copy them without index tables. The work goes in chunks
 of images that stay in cache: peak extra memory does not grow with the batch.
 """
 from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,9 +26,9 @@ import torch.nn.functional as F
 from .._dispatch import exporting
 from .window import Window, axis_range
 
-# Gathered keys and values of one chunk of images, in bytes. The backward calls more operators a chunk.
-FORWARD_CHUNK, BACKWARD_CHUNK = 1 << 20, 4 << 20
-TILE_SIDES = range(4, 17)
+# Keys and values of the strips of one chunk of images, in bytes. The backward calls more operators a chunk.
+FORWARD_CHUNK, BACKWARD_CHUNK = 5 << 20, 4 << 20
+TILE_HEIGHTS, TILE_WIDTHS = range(1, 17), range(4, 33)
 LOG2E = math.log2(math.e)
 
 
@@ -40,6 +43,7 @@ class Axis(NamedTuple):
     first: int  # first group
     groups: int
     dilation: int
+    length: int  # of a group
     query: tuple[int, ...]  # start of each tile; the last one may overlap the one before
     key: tuple[int, ...]  # start of each tile's halo
     T: int  # queries a tile
@@ -52,11 +56,18 @@ class Axis(NamedTuple):
         group = np.arange(self.first, self.first + self.groups)[:, None, None]
         return (group + self.dilation * (np.array(starts)[:, None] + np.arange(size))).reshape(-1, size)
 
-    def owner(self) -> np.ndarray:
-        """(groups * tiles, T) bool: of a query that stands in two tiles, the later one owns it."""
+    def spare(self) -> np.ndarray:
+        """(tiles, T) bool: queries that stand in the next tile, too, which owns them."""
         after = np.append(self.query[1:], self.query[-1] + self.T)
-        own = np.array(self.query)[:, None] + np.arange(self.T) < after[:, None]
-        return np.tile(own, (self.groups, 1))
+        return np.array(self.query)[:, None] + np.arange(self.T) >= after[:, None]
+
+    def patterns(self) -> tuple[np.ndarray, np.ndarray]:
+        """The distinct offset tables (p, T, S), outside pairs marked, and which of them each tile has, (tiles,)."""
+        codes, index = np.unique(np.where(self.inside, self.offset, OUTSIDE), axis=0, return_inverse=True)
+        return codes, index.reshape(-1)
+
+
+OUTSIDE = 1 << 30  # no offset
 
 
 def _axis(first: int, groups: int, length: int, tile: int, window: Window, axis: int) -> Axis:
@@ -71,7 +82,7 @@ def _axis(first: int, groups: int, length: int, tile: int, window: Window, axis:
     inside = (key >= begin) & (key < begin + count[members][..., None])
     offset = key - members[..., None]
     return Axis(
-        first, groups, window.dilation[axis], tuple(query), tuple(low.tolist()), tile, int(halo), inside, offset
+        first, groups, window.dilation[axis], length, tuple(query), tuple(low.tolist()), tile, int(halo), inside, offset
     )
 
 
@@ -80,41 +91,45 @@ def _candidates(length: int, window: Window, axis: int) -> list[list[Axis]]:
     dilation = window.dilation[axis]
     short, longer = divmod(length, dilation)  # `longer` groups have one member more
     lengths = [(0, longer, short + 1), (longer, dilation - longer, short)]
+    sides = (TILE_HEIGHTS, TILE_WIDTHS)[axis]
     return [
-        [_axis(first, groups, size, side, window, axis) for side in {-(-size // -(-size // t)) for t in TILE_SIDES}]
+        [_axis(first, groups, size, side, window, axis) for side in {-(-size // -(-size // t)) for t in sides}]
         for first, groups, size in lengths
         if groups and size
     ]
 
 
+def _whole(rows: Axis, cols: Axis) -> bool:
+    """Whether one strip is the map."""
+    return rows.dilation == cols.dilation == len(cols.query) == 1
+
+
 def _cost(rows: Axis, cols: Axis) -> float:
-    """Rough time of a tiling, ns a head, from measurements on two x86 cores: scores, copies, calls."""
+    """Rough time of a tiling, ns a head, from measurements on x86: scores, calls, copies."""
     T, S = rows.T * cols.T, rows.S * cols.S
-    return rows.groups * len(rows.query) * cols.groups * len(cols.query) * (2.9 * T * S + 32 * (T + S) + 3000)
+    tiles = len(rows.query) * (4 * T * S + 5000 * math.ceil(T / 32) + 1500)  # the kernel takes 32 queries at a time
+    copies = 0 if _whole(rows, cols) else 110 * rows.length * (cols.T + cols.S)
+    return rows.groups * cols.groups * len(cols.query) * (tiles + copies)
 
 
 class Part(NamedTuple):
-    """Some of the tiles of a map, n of them with T queries and S keys each (flattened over the two axes)."""
+    """Some of the tiles of a map: strips of tiles with T queries and S keys each (flattened over the two axes)."""
 
     rows: Axis
     cols: Axis
-    n: int
     T: int
     S: int
-    whole: bool  # one tile that is the map: nothing to copy
+    whole: bool  # one strip that is the map: nothing to copy
     dense: bool  # no key of any tile is masked
-    pattern: torch.Tensor  # (p, T, S) index into [rpb, -inf] (rpb flattened)
-    tile_pattern: torch.Tensor | None  # (n,) pattern of every tile; None: all have the first
-    spare: torch.Tensor | None  # (n, T) queries that a later tile owns; None: there are none
-    query: torch.Tensor  # (n*T,) flat position of every query
-    key: torch.Tensor  # (n*S,) likewise
+    pattern: torch.Tensor  # (p, strips, T, S) index into [rpb, -inf] (rpb flattened)
+    row_pattern: tuple[int, ...]  # which of the p each row of tiles has
+    spare: torch.Tensor | None  # (row tiles, strips, T) queries that a later tile owns; None: there are none
+    query: torch.Tensor  # (row groups * row tiles, column groups * strips, T) flat position of every query
+    key: torch.Tensor  # (row groups * row tiles, column groups * strips, S) likewise
 
-
-def _patterns(axis: Axis) -> tuple[np.ndarray, np.ndarray]:
-    """The distinct offset tables of an axis, outside pairs marked, and which of them each tile has."""
-    outside = 1 << 30  # no offset
-    codes, index = np.unique(np.where(axis.inside, axis.offset, outside), axis=0, return_inverse=True)
-    return codes, np.tile(index.reshape(-1), axis.groups)
+    @property
+    def strips(self) -> int:
+        return len(self.cols.query)
 
 
 @functools.lru_cache(maxsize=128)
@@ -127,29 +142,26 @@ def _tables(H: int, W: int, window: Window) -> list[dict]:
             rows, cols = min(((r, c) for r in row_choice for c in col_choice), key=lambda pair: _cost(*pair))
 
             def grid(join, a: np.ndarray, b: np.ndarray) -> np.ndarray:
-                """(row tiles, i) and (column tiles, j) to (n, i * j)."""
-                return join(a[:, None, :, None], b[None, :, None, :]).reshape(len(a) * len(b), -1)
+                """(rows, i) and (columns, j) to (rows, columns, i * j)."""
+                return join(a[:, None, :, None], b[None, :, None, :]).reshape(len(a), len(b), -1)
 
-            (dy, pattern_h), (dx, pattern_w) = _patterns(rows), _patterns(cols)
-            dy, dx = dy[:, None, :, None, :, None], dx[None, :, None, :, None, :]
-            inside = np.maximum(dy, dx) < 1 << 30
+            (dy, row_pattern), (dx, col_pattern) = rows.patterns(), cols.patterns()
+            dy, dx = dy[:, None, :, None, :, None], dx[None, col_pattern, None, :, None, :]
+            inside = np.maximum(dy, dx) < OUTSIDE
             if window.disc:
                 inside &= dy**2 + dx**2 < window.radius**2
             pattern = np.where(inside, (dy + kh - 1) * (2 * kw - 1) + dx + kw - 1, (2 * kh - 1) * (2 * kw - 1))
-            query = grid(np.add, rows.positions(rows.query, rows.T) * W, cols.positions(cols.query, cols.T))
-            key = grid(np.add, rows.positions(rows.key, rows.S) * W, cols.positions(cols.key, cols.S))
-            owner = grid(np.logical_and, rows.owner(), cols.owner())
-            (n, T), S = query.shape, key.shape[1]
-            several = inside.shape[0] * inside.shape[1] > 1
-            tile_pattern = (pattern_h[:, None] * inside.shape[1] + pattern_w).reshape(-1)
+            spare = grid(np.logical_or, rows.spare(), cols.spare())
+            T, S = rows.T * cols.T, rows.S * cols.S
             parts.append(dict(
-                rows=rows, cols=cols, n=n, T=T, S=S,
-                whole=n == 1 and T == S == H * W,
+                rows=rows, cols=cols, T=T, S=S,
+                whole=_whole(rows, cols),
                 dense=bool(inside.all()),
-                pattern=pattern.reshape(-1, T, S),
-                tile_pattern=tile_pattern if several else None,
-                spare=None if owner.all() else ~owner,
-                query=query.reshape(-1), key=key.reshape(-1),
+                pattern=pattern.reshape(*pattern.shape[:2], T, S),
+                row_pattern=tuple(row_pattern.tolist()),
+                spare=spare if spare.any() else None,
+                query=grid(np.add, rows.positions(rows.query, rows.T) * W, cols.positions(cols.query, cols.T)),
+                key=grid(np.add, rows.positions(rows.key, rows.S) * W, cols.positions(cols.key, cols.S)),
             ))
     return parts
 
@@ -157,7 +169,7 @@ def _tables(H: int, W: int, window: Window) -> list[dict]:
 def _slots(H: int, W: int, window: Window) -> np.ndarray:
     """(H*W,) for every position a query slot that holds it, counted through the tiles of all parts."""
     slots = np.empty(H * W, dtype=np.int64)
-    held = np.concatenate([fields["query"] for fields in _tables(H, W, window)])
+    held = np.concatenate([fields["query"].reshape(-1) for fields in _tables(H, W, window)])
     slots[held] = np.arange(len(held))
     return slots
 
@@ -177,10 +189,10 @@ def _plan(H: int, W: int, window: Window, device: torch.device) -> list[Part]:
     return (_new_plan if exporting() else _kept_plan)(H, W, window, device)
 
 
-# ---- Moving tiles ---------------------------------------------------------------------------------------------------
+# ---- Moving strips --------------------------------------------------------------------------------------------------
 
 def _runs(starts: tuple[int, ...], step: int | None = None) -> list[tuple[slice, int, int]]:
-    """Splits tiles into runs of evenly spaced starts (apart by `step`, if given): (tiles, first start, spacing)."""
+    """Splits strips into runs of evenly spaced starts (apart by `step`, if given): (strips, first start, spacing)."""
     runs, low = [], 0
     while low < len(starts):
         high = low + 1
@@ -193,47 +205,54 @@ def _runs(starts: tuple[int, ...], step: int | None = None) -> list[tuple[slice,
     return runs
 
 
-def _views(x: torch.Tensor, part: Part, keys: bool) -> Iterator[tuple[slice, slice, torch.Tensor]]:
-    """Strided views of x (B, H, W, ...) that together are all tiles: (row tiles, column tiles, view).
+def _views(
+    x: torch.Tensor, part: Part, keys: bool = False, start: int = 0, stop: int | None = None, step: int | None = None
+) -> Iterator[tuple[slice, torch.Tensor]]:
+    """Strided views of x (B, H, W, heads, d) that together are rows start:stop of all strips: (strips, view).
 
-    A view is (B, groups, row tiles, groups, column tiles, side, side, ...). Query tiles of one view do not overlap.
+    A view is (B, row groups, column groups, strips, heads, rows, width, d). Its strips overlap unless `step` is their
+    width.
     """
     (rows, cols), (sb, sh, sw, *rest) = (part.rows, part.cols), x.stride()
-    h, w = (rows.S, cols.S) if keys else (rows.T, cols.T)
+    heads, d = x.shape[3:]
+    width, starts = (cols.S, cols.key) if keys else (cols.T, cols.query)
     dh, dw = rows.dilation * sh, cols.dilation * sw
-    origin = x.storage_offset() + rows.first * sh + cols.first * sw
-    for r, r0, r_step in _runs(rows.key) if keys else _runs(rows.query, rows.T):
-        for c, c0, c_step in _runs(cols.key) if keys else _runs(cols.query, cols.T):
-            size = (len(x), rows.groups, r.stop - r.start, cols.groups, c.stop - c.start, h, w, *x.shape[3:])
-            stride = (sb, sh, r_step * dh, sw, c_step * dw, dh, dw, *rest)
-            yield r, c, x.as_strided(size, stride, origin + r0 * dh + c0 * dw)
-
-
-def _grid(part: Part, keys: bool) -> tuple[int, ...]:
-    rows, cols = part.rows, part.cols
-    side = (rows.S, cols.S) if keys else (rows.T, cols.T)
-    return rows.groups, len(rows.query), cols.groups, len(cols.query), *side
+    origin = x.storage_offset() + rows.first * sh + cols.first * sw + start * dh
+    height = (rows.length if stop is None else stop) - start
+    for strips, first, spacing in _runs(starts, step):
+        size = (len(x), rows.groups, cols.groups, strips.stop - strips.start, heads, height, width, d)
+        stride = (sb, sh, sw, spacing * dw, rest[0], dh, dw, rest[1])
+        yield strips, x.as_strided(size, stride, origin + first * dw)
 
 
 def _cut(x: torch.Tensor, part: Part, keys: bool = False) -> torch.Tensor:
-    """Copies x (B, H, W, ...) into its tiles (B * n, T or S, ...)."""
-    if part.whole:
-        return x.flatten(1, 2)
-    tiles = x.new_empty(len(x), *_grid(part, keys), *x.shape[3:])
-    for r, c, view in _views(x, part, keys):
-        tiles[:, :, r, :, c] = view
-    return tiles.view(len(x) * part.n, part.S if keys else part.T, *x.shape[3:])
+    """Copies x (B, H, W, heads, d) into strips: (B * groups, strips * heads, length * width, d)."""
+    (B, _, _, heads, d), (rows, cols) = x.shape, (part.rows, part.cols)
+    width = cols.S if keys else cols.T
+    strips = x.new_empty(B, rows.groups, cols.groups, part.strips, heads, rows.length, width, d)
+    for which, view in _views(x, part, keys):
+        strips[:, :, :, which] = view
+    return strips.view(-1, part.strips * heads, rows.length * width, d)
 
 
-def _paste(tiles: torch.Tensor, x: torch.Tensor, part: Part) -> None:
-    """Writes query tiles (B * n, T, ...) to their places in x (B, H, W, ...); of two on one place the owner is last."""
-    tiles = tiles.reshape(len(x), *_grid(part, keys=False), *x.shape[3:])
-    for r, c, view in _views(x, part, keys=False):
-        view.copy_(tiles[:, :, r, :, c])
+def _paste(tiles: torch.Tensor, x: torch.Tensor, part: Part, start: int) -> None:
+    """Writes a row of query tiles (B * groups, strips * heads, T, d) to their places in x (B, H, W, heads, d).
+
+    Of two on one place the owner is last, if rows are written in order.
+    """
+    rows, cols = part.rows, part.cols
+    tiles = tiles.reshape(len(x), rows.groups, cols.groups, part.strips, x.shape[3], rows.T, cols.T, x.shape[4])
+    for which, view in _views(x, part, start=start, stop=start + rows.T, step=cols.T):
+        view.copy_(tiles[:, :, :, which])
+
+
+def _rows(strips: torch.Tensor, start: int, height: int, width: int) -> torch.Tensor:
+    """Rows start:start + height of strips (..., length * width, d)."""
+    return strips[..., start * width : (start + height) * width, :]
 
 
 def _bias(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Tensor) -> torch.Tensor | None:
-    """Additive mask, (n or 1, heads or 1, T, S): the position bias, -inf outside the windows."""
+    """Additive masks, (p, strips, heads or 1, T, S): the position bias, -inf outside the windows."""
     if rpb is None:
         if part.dense:
             return None
@@ -242,12 +261,24 @@ def _bias(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Tens
     table = rpb.flatten(1).to(like.dtype)
     if not part.dense:
         table = F.pad(table, (0, 1), value=float("-inf"))
-    bias = table.index_select(1, part.pattern.flatten()).unflatten(1, part.pattern.shape)
-    return (bias if part.tile_pattern is None else bias.index_select(1, part.tile_pattern)).transpose(0, 1)
+    return table.index_select(1, part.pattern.flatten()).unflatten(1, part.pattern.shape).permute(1, 2, 0, 3, 4)
+
+
+def _masks(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Tensor, heads: int):
+    """For each row of tiles its mask (1, strips * heads, T, S), or (1, 1, T, S) for all; or Nones."""
+    bias = _bias(part, rpb, window, like)
+    if bias is None:
+        return [None] * len(part.row_pattern)
+    if part.strips > 1:
+        bias = bias.expand(-1, -1, heads, -1, -1)
+    masks = bias.flatten(1, 2)[:, None].unbind()
+    return [masks[pattern] for pattern in part.row_pattern]
 
 
 def _chunks(B: int, part: Part, bytes_per_token: int, limit: int) -> list[slice]:
-    step = B if part.whole else max(1, limit // (part.n * part.S * bytes_per_token))
+    rows, cols = part.rows, part.cols
+    image = rows.groups * cols.groups * part.strips * rows.length * cols.S * bytes_per_token
+    step = max(1, limit // image)
     step = -(-B // -(-B // step)) if B else 1
     return [slice(i, min(i + step, B)) for i in range(0, B, step)]
 
@@ -266,23 +297,37 @@ def _attend(q, k, v, bias, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def forward(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, rpb: torch.Tensor | None, window: Window, scale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    rpb: torch.Tensor | None,
+    window: Window,
+    scale: float,
+    return_lse: bool = True,
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op without autograd: out like `v`, lse (B, H, W, heads)."""
     B, H, W, heads, d = q.shape
-    out = q.new_empty(q.shape)
-    lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
+    out, lse = q.new_empty(q.shape), None
+    if return_lse:
+        lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
     for part in _plan(H, W, window, q.device):
-        bias = _bias(part, rpb, window, q)
-        for images in _chunks(B, part, 2 * heads * d * q.element_size(), FORWARD_CHUNK):
-            tiles = _cut(q[images], part), _cut(k[images], part, keys=True), _cut(v[images], part, keys=True)
-            repeats = len(q[images]) if bias is not None and len(bias) > 1 else 1
-            mask = bias if repeats == 1 else bias.repeat(repeats, 1, 1, 1)
-            o, l = _attend(*(t.transpose(1, 2) for t in tiles), mask, scale)
+        rows, cols = part.rows, part.cols
+        masks = _masks(part, rpb, window, q, heads)
+        limit = sys.maxsize if part.whole else FORWARD_CHUNK
+        for images in _chunks(B, part, 2 * heads * d * q.element_size(), limit):
+            sq, sk, sv = q[images], k[images], v[images]
             if part.whole:
-                return o.transpose(1, 2).reshape(q.shape), l.transpose(1, 2).reshape(lse.shape)
-            _paste(o.transpose(1, 2), out[images], part)
-            _paste(l.transpose(1, 2), lse[images], part)
+                sq, sk, sv = (x.flatten(1, 2).transpose(1, 2) for x in (sq, sk, sv))
+            else:
+                sq, sk, sv = _cut(sq, part), _cut(sk, part, keys=True), _cut(sv, part, keys=True)
+            for query, key, mask in zip(rows.query, rows.key, masks, strict=True):
+                tk, tv = (_rows(x, key, rows.S, cols.S) for x in (sk, sv))
+                o, l = _attend(_rows(sq, query, rows.T, cols.T), tk, tv, mask, scale)
+                if part.whole and len(masks) == 1:  # windows that cover the map
+                    return o.transpose(1, 2).reshape(q.shape), l.transpose(1, 2).reshape(q.shape[:-1])
+                _paste(o, out[images], part, query)
+                if return_lse:
+                    _paste(l[..., None], lse[images][..., None], part, query)
     return out, lse
 
 
@@ -299,20 +344,22 @@ def exportable(
     H, W, heads = q.shape[1:4]
     outs, lses = [], []
     for part in _plan(H, W, window, q.device):
-        bias = _bias(part, rpb, window, q)
+        grid = part.rows.groups, len(part.row_pattern), part.cols.groups, part.strips
+        n = math.prod(grid)
         # Tiles stand beside the heads here, not in the batch: the mask then broadcasts over a batch of unknown size.
         qt, kt, vt = (
-            x.flatten(1, 2).index_select(1, index).unflatten(1, (part.n, -1)).transpose(2, 3).flatten(1, 2)
+            x.flatten(1, 2).index_select(1, index.flatten()).unflatten(1, (n, -1)).transpose(2, 3).flatten(1, 2)
             for x, index in ((q, part.query), (k, part.key), (v, part.key))
         )
+        bias = _bias(part, rpb, window, q)
         if bias is not None:
-            bias = bias.expand(part.n, heads, -1, -1).flatten(0, 1)[None]
+            bias = bias[list(part.row_pattern)][None, :, None].expand(*grid, heads, -1, -1).flatten(0, 4)[None]
         out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=bias, scale=scale)
-        outs.append(out.unflatten(1, (part.n, -1)).transpose(2, 3).flatten(1, 2))
+        outs.append(out.unflatten(1, (n, -1)).transpose(2, 3).flatten(1, 2))
         if return_lse:
             scores = qt.float() @ kt.float().transpose(-1, -2) * scale
             lse = (scores if bias is None else scores + bias).logsumexp(-1)
-            lses.append(lse.unflatten(1, (part.n, -1)).transpose(2, 3).flatten(1, 2))
+            lses.append(lse.unflatten(1, (n, -1)).transpose(2, 3).flatten(1, 2))
     slot = torch.tensor(_slots(H, W, window), device=q.device)
     out, lse = (torch.cat(x, 1).index_select(1, slot).unflatten(1, (H, W)) if x else None for x in (outs, lses))
     return out, lse
@@ -342,54 +389,55 @@ def backward(
     delta = (dout.to(wide) * out).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    lse2 = lse * LOG2E
+    delta, lse2 = delta[..., None], lse[..., None] * LOG2E
     table = None if rpb is None else lse.new_zeros(heads, rpb[0].numel() + 1)  # the last column: masked pairs
     for into in (dk, dv):
         into.zero_()
 
     for part in _plan(H, W, window, q.device):
-        bias = _bias(part, rpb, window, lse)
-        bias = None if bias is None else bias * LOG2E
-        dbias = None if rpb is None else lse.new_zeros(heads, part.n, part.T * part.S)
+        rows, cols = part.rows, part.cols
+        masks = [None if mask is None else mask * LOG2E for mask in _masks(part, rpb, window, lse, heads)]
+        dbias = None if rpb is None else lse.new_zeros(len(masks), part.strips * heads, part.T, part.S)
         for images in _chunks(B, part, 2 * heads * d * q.element_size(), BACKWARD_CHUNK):
-            size = len(q[images])
-            tq, tdo, tdelta, tlse = (_cut(x[images], part) for x in (q, dout, delta, lse2))
-            tk, tv = (_cut(x[images], part, keys=True) for x in (k, v))
-            tq, tdo, tk, tv = (x.to(wide) for x in (tq, tdo, tk, tv))
-            if part.spare is not None:  # a query must not count twice: its weights become 2 ** -inf
-                tlse = tlse.masked_fill(part.spare.repeat(size, 1)[..., None], float("inf"))
-            gq, gk, gv = torch.empty_like(tq), torch.empty_like(tk), torch.empty_like(tv)
-            for i in range(heads):  # views of one head are plain matrices with a row stride: no head-major copy
-                qi, ki, vi, doi = (x[:, :, i] for x in (tq, tk, tv, tdo))
-                minus_lse = -tlse[:, :, i, None]
-                if bias is None:
-                    p = torch.baddbmm(minus_lse, qi, ki.transpose(1, 2), alpha=scale * LOG2E)
+            sq, sdo, sdelta, slse = (_cut(x[images], part).to(wide) for x in (q, dout, delta, lse2))
+            sk, sv = (_cut(x[images], part, keys=True).to(wide) for x in (k, v))
+            gk, gv = torch.zeros_like(sk), torch.zeros_like(sv)
+            batch = sq.shape[:2]
+            for r, (query, key, mask) in enumerate(zip(rows.query, rows.key, masks, strict=True)):
+                tq, tdo, tdelta, tlse = (
+                    _rows(x, query, rows.T, cols.T).flatten(0, 1) for x in (sq, sdo, sdelta, slse)
+                )
+                tk, tv, tgk, tgv = (_rows(x, key, rows.S, cols.S).flatten(0, 1) for x in (sk, sv, gk, gv))
+                if part.spare is not None:  # a query must not count twice: its weights become 2 ** -inf
+                    spare = part.spare[r].repeat_interleave(heads, 0).repeat(batch[0], 1)
+                    tlse = tlse.masked_fill(spare[..., None], float("inf"))
+                if mask is None:
+                    p = torch.baddbmm(-tlse, tq, tk.transpose(1, 2), alpha=scale * LOG2E)
                 else:
-                    start = bias[:, i if bias.shape[1] > 1 else 0] + minus_lse.unflatten(0, (size, part.n))
-                    p = start.flatten(0, 1).baddbmm_(qi, ki.transpose(1, 2), alpha=scale * LOG2E)
+                    start = mask - tlse.unflatten(0, batch)
+                    p = start.flatten(0, 1).baddbmm_(tq, tk.transpose(1, 2), alpha=scale * LOG2E)
                 p = p.exp2_()  # not exp: that of -inf is several times slower on a CPU
-                gv[:, :, i] = torch.bmm(p.transpose(1, 2), doi)
-                ds = torch.bmm(doi, vi.transpose(1, 2)).sub_(tdelta[:, :, i, None]).mul_(p)
-                gq[:, :, i] = torch.bmm(ds, ki)
-                gk[:, :, i] = torch.bmm(ds.transpose(1, 2), qi)
+                tgv += torch.bmm(p.transpose(1, 2), tdo)
+                ds = torch.bmm(tdo, tv.transpose(1, 2)).sub_(tdelta).mul_(p)
+                tgk += torch.bmm(ds.transpose(1, 2), tq)
+                _paste(torch.bmm(ds, tk).mul_(scale).unflatten(0, batch), dq[images], part, query)
                 if dbias is not None:
-                    dbias[i] += ds.view(size, part.n, -1).sum(0)
-            if part.whole:
-                dq.copy_(gq.mul_(scale).view_as(dq)), dk.copy_(gk.mul_(scale).view_as(dk)), dv.copy_(gv.view_as(dv))
-                continue
-            _paste(gq.mul_(scale), dq[images], part)
-            for g, into in ((gk.mul_(scale), dk), (gv, dv)):
-                into = into[images].view(size, H * W, heads, d)
-                total = into if into.dtype == wide else g.new_zeros(into.shape)
-                total.index_add_(1, part.key, g.view(size, -1, heads, d))
-                if total is not into:  # parts meet in no position: this adds to zeros
-                    into.add_(total)
+                    dbias[r] += ds.unflatten(0, batch).sum(0)
+            for grad, into in ((gk.mul_(scale), dk), (gv, dv)):
+                _add_strips(grad, into[images], part)
 
         if dbias is not None:
-            if part.tile_pattern is None:
-                by_pattern = dbias.sum(1)
-            else:
-                patterns = len(part.pattern)
-                by_pattern = dbias.new_zeros(heads, patterns, part.T * part.S).index_add_(1, part.tile_pattern, dbias)
+            by_pattern = dbias.new_zeros(len(part.pattern), *dbias.shape[1:])
+            by_pattern.index_add_(0, torch.tensor(part.row_pattern, device=q.device), dbias)
+            by_pattern = by_pattern.unflatten(1, (part.strips, heads)).transpose(1, 2).transpose(0, 1)
             table.scatter_add_(1, part.pattern.flatten().expand(heads, -1), by_pattern.flatten(1))
     return None if rpb is None else table[:, :-1].reshape(rpb.shape)
+
+
+def _add_strips(strips: torch.Tensor, x: torch.Tensor, part: Part) -> None:
+    """Adds keys' strips (B * groups, strips * heads, length * width, d) to their places in x (B, H, W, heads, d)."""
+    rows, cols = part.rows, part.cols
+    strips = strips.view(len(x), rows.groups, cols.groups, part.strips, x.shape[3], rows.length, cols.S, x.shape[4])
+    for which, view in _views(x, part, keys=True):
+        for i in range(which.start, which.stop):  # one by one: they overlap
+            view[:, :, :, i - which.start] += strips[:, :, :, i]

@@ -9,7 +9,7 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -59,7 +59,8 @@ def token_match(
         dst_weight = dst_weight.detach()
     if reference_chosen() or exporting():
         return reference.token_match(src, dst, dst_weight, dst_mask, affinity)
-    return torch.ops.visionbb.token_match(src, dst, dst_weight, dst_mask, affinity)
+    op = _match if eager_inference() else torch.ops.visionbb.token_match
+    return op(src, dst, dst_weight, dst_mask, affinity)
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------
@@ -90,17 +91,19 @@ def _check(src, dst, dst_weight, dst_mask) -> None:
 
 # ---- Registration: custom op, fake, FLOPs ---------------------------------------------------------------------------
 
-@torch.library.custom_op(
-    "visionbb::token_match", mutates_args=(),
-    schema="(Tensor src, Tensor dst, Tensor? dst_weight, Tensor? dst_mask, str affinity)"
-    " -> (Tensor score, Tensor index)",
-)
-def _op(src, *args):
+def _match(src, *args):
     path = portable
     if resolve(src, refuses(src)) == "triton":
         from . import triton as path  # compiles a kernel: only where it runs
     with torch.autocast(src.device.type, enabled=False):
         return path.token_match(src, *args)
+
+
+_op = torch.library.custom_op(
+    "visionbb::token_match", _match, mutates_args=(),
+    schema="(Tensor src, Tensor dst, Tensor? dst_weight, Tensor? dst_mask, str affinity)"
+    " -> (Tensor score, Tensor index)",
+)
 
 
 @_op.register_fake

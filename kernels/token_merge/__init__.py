@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import exporting, reference_chosen, resolve
+from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -60,7 +60,8 @@ def token_merge(
             raise ValueError(f"weight must be on x's device {x.device}, got {weight.device}")
     if reference_chosen() or exporting():
         return reference.token_merge(x, index, M, weight)
-    return torch.ops.visionbb.token_merge(x, index, M, weight)
+    op = _merge if eager_inference(x, weight) else torch.ops.visionbb.token_merge
+    return op(x, index, M, weight)
 
 
 def token_unmerge(y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
@@ -83,7 +84,7 @@ def token_unmerge(y: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     _check(y, "y", index)
     if reference_chosen() or exporting():
         return reference.token_unmerge(y, index)
-    return torch.ops.visionbb.token_unmerge(y, index)
+    return (_unmerge if eager_inference(y) else torch.ops.visionbb.token_unmerge)(y, index)
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------
@@ -119,13 +120,15 @@ def _path(x: torch.Tensor):
     return portable
 
 
-@torch.library.custom_op(
-    "visionbb::token_merge", mutates_args=(),
-    schema="(Tensor x, Tensor index, SymInt M, Tensor? weight) -> (Tensor merged, Tensor total)",
-)
-def _merge_op(x, index, M, weight):
+def _merge(x, index, M, weight):
     _check_values(index, M)
     return _path(x).token_merge(x, index, M, weight)
+
+
+_merge_op = torch.library.custom_op(
+    "visionbb::token_merge", _merge, mutates_args=(),
+    schema="(Tensor x, Tensor index, SymInt M, Tensor? weight) -> (Tensor merged, Tensor total)",
+)
 
 
 @_merge_op.register_fake
@@ -164,12 +167,14 @@ def _merge_backward(ctx, dmerged, dtotal):
     return dx, None, None, dweight if ctx.needs_input_grad[3] else None
 
 
-@torch.library.custom_op(
-    "visionbb::token_unmerge", mutates_args=(), schema="(Tensor y, Tensor index) -> Tensor"
-)
-def _unmerge_op(y, index):
+def _unmerge(y, index):
     _check_values(index, y.shape[1])
     return portable.token_unmerge(y, index)
+
+
+_unmerge_op = torch.library.custom_op(
+    "visionbb::token_unmerge", _unmerge, mutates_args=(), schema="(Tensor y, Tensor index) -> Tensor"
+)
 
 
 @_unmerge_op.register_fake

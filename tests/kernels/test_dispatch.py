@@ -1,12 +1,25 @@
 """Choosing the path of an op."""
 from __future__ import annotations
 
+import contextlib
 import threading
 
 import pytest
 import torch
+from torch.autograd.forward_ad import dual_level
+from torch.utils.flop_counter import FlopCounterMode
 
-from visionbb.kernels import _dispatch, na2d_qkvpacked, use
+from visionbb.kernels import (
+    _dispatch,
+    attention_column_mean,
+    dwconv2d,
+    linear_attention,
+    na2d_qkvpacked,
+    token_match,
+    token_merge,
+    token_unmerge,
+    use,
+)
 
 
 def test_unknown_backend_is_named():
@@ -43,3 +56,56 @@ def test_without_triton_the_portable_path_serves(monkeypatch):
     assert _dispatch.resolve(torch.zeros(1), None) == "portable"
     with use("triton"), pytest.raises(RuntimeError, match="not installed"):
         _dispatch.resolve(torch.zeros(1), None)
+
+
+def random(*shape):
+    return torch.randn(shape, requires_grad=True)
+
+
+CALLS = {
+    "na2d_qkvpacked": lambda: na2d_qkvpacked(random(1, 5, 5, 3, 2, 4), 3, return_lse=True),
+    "dwconv2d": lambda: dwconv2d(random(1, 5, 5, 4), random(4, 1, 3, 3)),
+    "linear_attention": lambda: linear_attention(*(random(1, 3, 4, 2, 8) for _ in range(3)), feature_map="elu"),
+    "token_match": lambda: token_match(random(2, 5, 8), random(2, 4, 8)),
+    "token_merge": lambda: token_merge(random(2, 5, 8), torch.tensor([[0, 1, 2, 1, 0]] * 2), 3),
+    "token_unmerge": lambda: token_unmerge(random(2, 3, 8), torch.tensor([[0, 1, 2, 1, 0]] * 2)),
+    "attention_column_mean": lambda: attention_column_mean(random(1, 2, 6, 8), random(1, 2, 6, 8)),
+}
+WITHOUT_GRADIENT = {"token_match", "attention_column_mean"}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_plain_inference_passes_the_dispatcher_by(name):
+    def outcome(watch=contextlib.nullcontext):
+        torch.manual_seed(0)
+        with torch.autograd.profiler.profile() as profile, watch():
+            result = CALLS[name]()
+        return f"visionbb::{name}" in {event.name for event in profile.function_events}, result
+
+    registered, expected = outcome()
+    assert registered == (name not in WITHOUT_GRADIENT)
+    with torch.no_grad():
+        registered, result = outcome()
+        assert not registered
+        torch.testing.assert_close(result, expected)
+        registered, result = outcome(lambda: FlopCounterMode(display=False))
+        assert registered
+        torch.testing.assert_close(result, expected)
+
+
+def test_what_counts_as_plain_inference():
+    x = torch.zeros(2, requires_grad=True)
+    assert _dispatch.eager_inference()
+    assert _dispatch.eager_inference(x.detach(), None)
+    assert not _dispatch.eager_inference(None, x)
+    with dual_level():
+        assert not _dispatch.eager_inference()
+    seen = []
+    torch.func.vmap(lambda y: seen.append(_dispatch.eager_inference(y)) or y)(x.detach())
+    with torch.no_grad():
+        compiled = torch.compile(lambda y: y + _dispatch.eager_inference(y), backend="eager", fullgraph=True)
+        assert compiled(x).sum() == 0
+    torch.jit.trace(lambda y: seen.append(_dispatch.eager_inference(y)) or y + 1, x.detach(), check_trace=False)
+    with torch.no_grad():
+        seen.append(not _dispatch.eager_inference(x))
+    assert not any(seen)

@@ -171,7 +171,7 @@ def test_chunks_of_images_do_not_show(monkeypatch):
     whole = outcome(case, "portable", torch.float64)
     monkeypatch.setattr(portable, "FORWARD_CHUNK", 1)
     monkeypatch.setattr(portable, "BACKWARD_CHUNK", 1)
-    monkeypatch.setattr(portable, "TILE_SIDES", range(2, 4))
+    monkeypatch.setattr(portable, "TILE_WIDTHS", range(2, 4))
     portable._tables.cache_clear(), portable._kept_plan.cache_clear()
     for got, want in zip(outcome(case, "portable", torch.float64), whole):
         torch.testing.assert_close(got, want)

@@ -18,11 +18,11 @@ import torch
 import torch.nn.functional as F
 from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
-from timm.models import generate_default_cfgs
+from timm.models import generate_default_cfgs, register_notrace_module
 from torch import nn
 
 from ..backbones import Block, Pyramid, keep_native
-from ..backbones.layers import PointwiseConv, conv_norm_acts
+from ..backbones.layers import PointwiseConv, conv_norm_acts, in_slabs
 from ..mixers import DepthwiseConv, LinearAttention
 from ..mixers.linear import Linear
 from ._registry import create_from, register_variants
@@ -67,6 +67,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     return out
 
 
+@register_notrace_module  # slabs by the size of the image
 class Stem(nn.Module):
     """Images (B, in_chans, H, W) to tokens (B, H/4, W/4, dim): a residual pair of convolutions between two strides."""
 
@@ -79,11 +80,18 @@ class Stem(nn.Module):
         self.conv3 = layers(half, [(4 * dim, 3, 2), (dim, 1, 1)])
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting() or self.training:  # batch statistics are of the whole batch
+            return self.layers(x)
+        else:
+            return in_slabs(self.layers, x, self.conv3[0].out_channels * x.shape[2] * x.shape[3] // 16)
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
         # Channels-last from the first layer on, so that none of the large early maps is ever transposed.
         x = F.relu(self.conv1(x.contiguous(memory_format=torch.channels_last)), inplace=True)
         return self.conv3(self.conv2(x).add_(x)).permute(0, 2, 3, 1)
 
 
+@register_notrace_module  # slabs by the size of the map
 class Downsample(nn.Module):
     """An inverted bottleneck of stride 2, (B, H, W, in_dim) to (B, H/2, W/2, dim)."""
 
@@ -97,6 +105,12 @@ class Downsample(nn.Module):
         self.norm = nn.BatchNorm2d(dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if torch.jit.is_scripting() or self.training:
+            return self.layers(x)
+        else:
+            return in_slabs(self.layers, x, self.expand.out_channels * x.shape[1] * x.shape[2])
+
+    def layers(self, x: torch.Tensor) -> torch.Tensor:
         x = F.relu(self.expand(x.permute(0, 3, 1, 2)), inplace=True)
         x = F.relu(self.conv(x), inplace=True)
         return self.norm(self.reduce(x)).permute(0, 2, 3, 1)

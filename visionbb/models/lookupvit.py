@@ -18,7 +18,7 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_INCEPTION_MEAN, IMAGENET_INCEPTION_STD
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm, PatchEmbed, get_device_dtype, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_notrace_module
 from torch import nn
@@ -263,7 +263,7 @@ VARIANTS = {
 default_cfgs = generate_default_cfgs({
     f"{variant}.untrained": {
         "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_INCEPTION_MEAN, "std": IMAGENET_INCEPTION_STD,
+        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.proj", "classifier": "head.fc", "paper_ids": "arXiv:2407.12753",
     }
     for variant in VARIANTS

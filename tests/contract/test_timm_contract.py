@@ -14,10 +14,10 @@ import timm_suite
 from own_models import OWN
 
 SMALL = [
-    "nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small", "nat_digits", "ravlt_tiny", "nalaformer_xtiny",
-    "mila_tiny", "l2vit_tiny", "care_s0", "sgformer_small", "soft_tiny", "stvit_r_swin_small",
-    "deit_tiny_patch16_224_agent", "vim_tiny", "mambavision_tiny", "efficient_vmamba_tiny", "local_vmamba_tiny",
-    "vmamba_tiny", "vrwkv_tiny", "vssd_micro",
+    "nat_mini", "dinat_s_tiny", "dinat_isotropic_small", "vitrpb_small", "nat_digits", "ravlt_tiny",
+    "nalaformer_xtiny", "mila_tiny", "l2vit_tiny", "care_s0", "sgformer_small", "soft_tiny", "stvit_r_swin_small",
+    "stvit_deit_tiny", "lookupvit_tiny_patch16_5x5", "deit_tiny_patch16_224_agent", "vim_tiny", "mambavision_tiny",
+    "efficient_vmamba_tiny", "local_vmamba_tiny", "vmamba_tiny", "vrwkv_tiny", "vssd_micro",
 ]
 CHOICE = os.environ.get("VISIONBB_CONTRACT", "").split()
 NAMES = sorted(OWN) if CHOICE == ["all"] else CHOICE or SMALL

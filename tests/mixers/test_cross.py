@@ -6,7 +6,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from visionbb.mixers import CrossAttention, PatchCrossAttention
+from visionbb.mixers import BidirectionalCrossAttention, CrossAttention, PatchCrossAttention
 
 
 def by_heads(mixer: CrossAttention, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
@@ -66,3 +66,47 @@ def test_errors():
         CrossAttention(10, 4)
     with pytest.raises(ValueError, match="patch_size must be above window_size = 7, got 7"):
         PatchCrossAttention(8, 2, 7, 7)
+
+
+@pytest.mark.parametrize("num_heads", [1, 2])
+def test_what_was_gathered_is_handed_back_by_the_same_weights(num_heads):
+    """Token by token: a token of y gets from each of x as much as that one took of it, whatever x has become."""
+    torch.manual_seed(0)
+    mixer = BidirectionalCrossAttention(4, num_heads, dtype=torch.float64)
+    x, y, later = (torch.randn(n, 4, dtype=torch.float64) for n in (2, 5, 2))
+    found, weights = mixer.gather(x[None], y[None])
+    torch.testing.assert_close(found[0], by_heads(mixer, x, y))
+    torch.testing.assert_close(mixer(x[None], y[None]), found)
+
+    size = 4 // num_heads
+    q, k = mixer.q(x), mixer.kv(y)[:, :4]
+    given = torch.zeros(5, 4, dtype=torch.float64)
+    for head in range(num_heads):
+        part = slice(head * size, (head + 1) * size)
+        for i in range(2):
+            asked = torch.exp(torch.stack([q[i, part] @ k[j, part] for j in range(5)]) / size**0.5)
+            share = asked / asked.sum()
+            torch.testing.assert_close(weights[0, head, i], share)
+            for j in range(5):
+                given[j, part] += share[j] * mixer.v_back(later)[i, part]
+    torch.testing.assert_close(mixer.hand_back(later[None], weights)[0], mixer.proj_back(given))
+
+
+def test_a_hand_sized_example_of_both_ways():
+    """Two tokens ask three, by logits log 1, log 2 and log 1 of the first and of the second's log 3, log 1, log 4."""
+    mixer = BidirectionalCrossAttention(2, 1, dtype=torch.float64)
+    with torch.no_grad():
+        for layer in (mixer.q, mixer.proj, mixer.v_back, mixer.proj_back):
+            layer.weight.copy_(torch.eye(2))
+            layer.bias.zero_()
+        mixer.kv.weight.copy_(torch.eye(2).repeat(2, 1))
+        mixer.kv.bias.zero_()
+    logs = torch.tensor([[1.0, 3], [2, 1], [1, 4]], dtype=torch.float64).log()  # a row a token of y
+    x = torch.eye(2, dtype=torch.float64) * 2**0.5  # the scale is 1 / sqrt(2)
+    found, weights = mixer.gather(x[None], logs[None])
+    shares = torch.tensor([[1 / 4, 2 / 4, 1 / 4], [3 / 8, 1 / 8, 4 / 8]], dtype=torch.float64)
+    torch.testing.assert_close(weights[0, 0], shares)
+    torch.testing.assert_close(found[0], shares @ logs)
+    later = torch.tensor([[8.0, 0], [0, 16]], dtype=torch.float64)
+    want = torch.tensor([[2.0, 6], [4, 2], [2, 8]], dtype=torch.float64)  # no second softmax: rows of any sum
+    torch.testing.assert_close(mixer.hand_back(later[None], weights)[0], want)

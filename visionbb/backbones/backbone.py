@@ -11,6 +11,7 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dt
 from torch import nn
 
 from .._timm_compat import FeatureGetterNet, feature_take_indices
+from .patches import PositionEmbed
 
 
 class Backbone(nn.Module):
@@ -55,8 +56,15 @@ class Backbone(nn.Module):
 
     @staticmethod
     def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
-        """The authors' key names to ours; a family sets its own. Checkpoints of ours come back as they are."""
-        return keep_native(state_dict)[0]
+        """The authors' key names to ours; a family sets its own where there are authors' checkpoints.
+
+        Checkpoints of ours come back as they are, but for `PositionEmbed`s of another size, which are resampled.
+        """
+        state_dict, _ = keep_native(state_dict)
+        for path, module in model.named_modules():
+            if isinstance(module, PositionEmbed) and (key := f"{path}.weight") in state_dict:
+                state_dict[key] = module.resampled(state_dict[key])
+        return state_dict
 
     @torch.jit.ignore
     def load_state_dict(self, state_dict: Mapping, strict: bool = True, assign: bool = False):
@@ -119,7 +127,7 @@ class Backbone(nn.Module):
             taken = [t.permute(0, 3, 1, 2).contiguous() for t in taken]
         if intermediates_only:
             return taken
-        return (x if stop_early and last < len(units) - 1 else self.norm(x)), taken
+        return (x if stop_early and last < len(units) - 1 else self.final_norm(x)), taken
 
     def forward_units(
         self, x: torch.Tensor, units: nn.Module, take: Sequence[int], norm: bool
@@ -130,7 +138,8 @@ class Backbone(nn.Module):
         for i, unit in enumerate(units):
             x = self.forward_unit(unit, x)
             if i in take:
-                taken.append(self.norm(x) if norm and self._norm_fits(i) else x)
+                tokens = self.as_map(x)
+                taken.append(self.norm(tokens) if norm and self._norm_fits(i) else tokens)
         return x, taken
 
     def prune_intermediate_layers(
@@ -160,6 +169,14 @@ class Backbone(nn.Module):
     def forward_unit(self, unit: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return unit(x)
 
+    def as_map(self, x: torch.Tensor) -> torch.Tensor:
+        """The map (B, H, W, C) in what goes from unit to unit: that itself, or one of several streams."""
+        return x
+
+    def final_norm(self, x: torch.Tensor) -> torch.Tensor:
+        """What the last unit gives, to what `forward_features` does."""
+        return self.norm(x)
+
     # ---- Forward ----------------------------------------------------------------------------------------------------
 
     def forward_stem(self, x: torch.Tensor) -> torch.Tensor:
@@ -170,8 +187,7 @@ class Backbone(nn.Module):
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.forward_features(x)
-        return self.forward_head(x)
+        return self.forward_head(self.forward_features(x))
 
 
 class FeatureMaps(FeatureGetterNet):

@@ -1,7 +1,7 @@
 """Token mixers: modules on (B, H, W, C), one file a kind."""
 from .attention import GlobalAttention, RelativeAttention, SoftmaxAttention
 from .conv import DepthwiseConv, SequenceConv
-from .cross import CrossAttention, PatchCrossAttention
+from .cross import BidirectionalCrossAttention, CrossAttention, PatchCrossAttention
 from .landmarks import AgentAttention, GaussianAttention
 from .linear_attention import LinearAttention
 from .mamba import S6, BidirectionalMamba, LocalMamba, MambaVisionMixer
@@ -13,9 +13,9 @@ from .state_space import SS2D, ChannelAttention, NonCausalSSD
 from .window import ShiftedWindowAttention, WindowAttention
 
 __all__ = [
-    "S6", "SS2D", "AgentAttention", "BidirectionalMamba", "ChannelAttention", "ChannelMix", "CrossAttention",
-    "DepthwiseConv", "GaussianAttention", "GlobalAttention", "HybridScaleAttention", "LinearAttention", "LocalMamba",
-    "LocalSumAttention", "MambaVisionMixer", "NeighborhoodAttention", "NonCausalSSD", "PatchCrossAttention",
-    "RelativeAttention", "SelfGuidedAttention", "SequenceConv", "ShiftedWindowAttention", "SnakeSS2D",
-    "SoftmaxAttention", "SpatialMix", "WindowAttention",
+    "S6", "SS2D", "AgentAttention", "BidirectionalCrossAttention", "BidirectionalMamba", "ChannelAttention",
+    "ChannelMix", "CrossAttention", "DepthwiseConv", "GaussianAttention", "GlobalAttention", "HybridScaleAttention",
+    "LinearAttention", "LocalMamba", "LocalSumAttention", "MambaVisionMixer", "NeighborhoodAttention", "NonCausalSSD",
+    "PatchCrossAttention", "RelativeAttention", "SelfGuidedAttention", "SequenceConv", "ShiftedWindowAttention",
+    "SnakeSS2D", "SoftmaxAttention", "SpatialMix", "WindowAttention",
 ]

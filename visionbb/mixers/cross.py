@@ -36,12 +36,55 @@ class CrossAttention(nn.Module):
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.attend(self.q(x), self.kv(y))
 
+    def heads(self, x: torch.Tensor) -> torch.Tensor:
+        """(B, N, dim) to (B, num_heads, N, head_dim)"""
+        return x.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+
     def attend(self, q: torch.Tensor, kv: torch.Tensor) -> torch.Tensor:
         """Of queries (B, N, dim) to keys and values (B, M, 2 * dim)."""
-        q = q.unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
+        q = self.heads(q)
         k, v = kv.unflatten(-1, (2, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
         x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
         return self.proj_drop(self.proj(x))
+
+
+class BidirectionalCrossAttention(CrossAttention):
+    """Attention of a few tokens to many, and of the many back to the few by the same weights.
+
+    Of x (B, M, dim) and y (B, N, dim), head by head, with A = softmax(q(x) k(y)^T / sqrt(head_dim)), (M, N):
+
+        gather:  proj(A v(y)) for x;    hand_back:  proj_back(A^T v_back(x)) for y.
+
+    LookupViT, arXiv 2407.12753, whose second attention reuses the weights of the first. A^T is the transpose as it is,
+    with no softmax of its own: its rows do not sum to one, and a token of y gets as much as it was asked for, M / N in
+    the mean. All is linear in N; A is kept between the two, M x N numbers a head.
+
+    Arguments and errors are those of `CrossAttention`.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, qkv_bias: bool = True, proj_drop: float = 0.0, device=None, dtype=None
+    ):
+        dd = {"device": device, "dtype": dtype}
+        super().__init__(dim, num_heads, qkv_bias, proj_drop, **dd)
+        self.v_back = nn.Linear(dim, dim, bias=qkv_bias, **dd)
+        self.proj_back = nn.Linear(dim, dim, **dd)
+
+    def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        return self.gather(x, y)[0]
+
+    def gather(self, x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What x finds in y, (B, M, dim), and the weights it is found with, (B, num_heads, M, N)."""
+        q = self.heads(self.q(x))
+        k, v = self.kv(y).chunk(2, -1)
+        weights = (q * q.shape[-1] ** -0.5 @ self.heads(k).transpose(-2, -1)).softmax(-1)
+        found = (weights @ self.heads(v)).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj(found)), weights
+
+    def hand_back(self, x: torch.Tensor, weights: torch.Tensor) -> torch.Tensor:
+        """What x (B, M, dim), changed in the meantime, has for y: (B, N, dim)."""
+        given = (weights.transpose(-2, -1) @ self.heads(self.v_back(x))).transpose(1, 2).flatten(2)
+        return self.proj_drop(self.proj_back(given))
 
 
 @register_notrace_module  # patches by the size of the map

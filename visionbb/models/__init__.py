@@ -7,6 +7,7 @@ from . import (
     l2vit,
     local_vim,
     local_vmamba,
+    lookupvit,
     mambavision,
     medmamba,
     mila,
@@ -16,6 +17,7 @@ from . import (
     ravlt,
     sg_former,
     soft,
+    stvit,
     stvit_r,
     vim,
     vmamba,
@@ -26,6 +28,6 @@ from .drop_ins import inherit_attention
 
 __all__ = [
     "care", "drop_ins", "efficient_vmamba", "flowformer", "inherit_attention", "l2vit", "local_vim", "local_vmamba",
-    "mambavision", "medmamba", "mila", "nat", "nat_isotropic", "plainmamba", "ravlt", "sg_former", "soft", "stvit_r",
-    "vim", "vmamba", "vrwkv", "vssd",
+    "lookupvit", "mambavision", "medmamba", "mila", "nat", "nat_isotropic", "plainmamba", "ravlt", "sg_former", "soft",
+    "stvit", "stvit_r", "vim", "vmamba", "vrwkv", "vssd",
 ]

@@ -91,10 +91,13 @@ class CrossBlock(Block):
 
 
 class GenerateBlock(Block):
-    """A `Block` of `PatchCrossAttention`: pooled tokens only ask; as nothing of them is kept, no answer is dropped."""
+    """A `CrossBlock` whose tokens, pooled of the others, only ask: nothing of them is kept, so no answer is dropped."""
 
     def forward(self, s: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
-        s = self.mixer(self.norm1(s), self.norm1(x)) * self.ls1.gamma
+        s = self.mixer(self.norm1(s), self.norm1(x))
+        gain = self.ls1.gamma
+        if gain is not None:
+            s = s * gain
         return self.ls2(s, self.drop_path2(self.mlp(self.norm2(s))))
 
 

@@ -10,7 +10,7 @@ import torch
 
 from .context import BlockContext
 from .matching import keep_best
-from .method import Method, keep_tokens
+from .method import Method, keep_tokens, quarters
 from .state import Assignment, gather_tokens
 
 
@@ -32,7 +32,7 @@ class EViT(Method, name="evit"):
         self.fuse_token = fuse_token
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
+        return quarters(depth)
 
     def limit(self, n: int) -> int:
         return n - 1

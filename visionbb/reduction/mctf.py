@@ -35,12 +35,12 @@ class MCTF(Method, name="mctf"):
         similarity, information, size: the temperatures t_s, t_i, t_z.
         attention: what the block attends with. "precise": fused attention of the merged tokens, from their own queries
             and keys; the matrix A is never made, only the means of its columns. "approximate", as in the paper: the
-            matrix A, merged, its keys summed and its queries averaged; for weights that were trained so. The paper
-            finds both equally accurate, and where attention is fused a matrix costs more than it saves.
+            matrix A, merged, its keys summed and its queries averaged, on the values of the merged tokens; for weights
+            that were trained so. The paper finds both equally accurate, and where attention is fused a matrix costs
+            more than it saves.
     """
 
     where = "start"
-    ahead = True
 
     def __init__(
         self,
@@ -61,6 +61,13 @@ class MCTF(Method, name="mctf"):
     def blocks(self, depth: int) -> range:
         return range(1, depth)
 
+    def step_macs(self, n: int, left: int, prefix: int, attention: int, pair: int) -> int:
+        def queries_and_keys(n: int) -> int:  # half of the projections, and half of what pairs cost
+            return n * attention // 2 + n * n * pair // 2
+
+        again = 0 if self.attention == "precise" else queries_and_keys(left + prefix)
+        return queries_and_keys(n + prefix) - again
+
     def attend(self, ctx: BlockContext) -> torch.Tensor:
         if not ctx.state.record:
             return ctx.attend()
@@ -69,6 +76,7 @@ class MCTF(Method, name="mctf"):
 
     def reduce(self, ctx: BlockContext, remove: int) -> tuple[Assignment, torch.Tensor, torch.Tensor]:
         prefix, size = ctx.state.prefix, ctx.state.size
+        ctx.look_ahead()
         if self.attention == "precise":
             information = ctx.column_mean().mean(1)
         else:

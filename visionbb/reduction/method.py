@@ -31,15 +31,14 @@ class Method(nn.Module):
             and MLP; "end": behind the block. Queries, keys and attention of the context are those of the block itself.
         knob: what `target_gmacs` turns: "r", tokens removed a block, or "keep", the share that a block keeps.
         needs_class_token: whether it reads the class token; models without one are refused.
-        ahead: whether it looks, at "start", at queries and keys of tokens that are then reduced and projected again;
-            such blocks cost that much more.
+        elsewhere: whether a schedule may name other blocks than `blocks`.
         adaptive: whether it finds the number of tokens itself; then it takes no r, keep or target_gmacs.
     """
 
     where = "mid"
     knob = "r"
     needs_class_token = False
-    ahead = False
+    elsewhere = True
     adaptive = False
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -58,6 +57,16 @@ class Method(nn.Module):
         """How many of n tokens one step can remove at most."""
         return n // 2
 
+    def step_macs(self, n: int, left: int, prefix: int, attention: int, pair: int) -> int:
+        """Multiply-adds that a step from n to `left` patch tokens adds to those of its block.
+
+        Matching and merging, a per cent of a block at most, are not counted.
+
+        Args:
+            prefix, attention, pair: of the block, as in `schedule.Cost`.
+        """
+        return 0
+
     def key_bias(self, size: torch.Tensor) -> torch.Tensor | None:
         """(B, n), added to the attention scores of merged tokens: their log-size, as if each were still that many.
 
@@ -72,8 +81,8 @@ class Method(nn.Module):
     def reduce(self, ctx: BlockContext, remove: int) -> tuple[Assignment, torch.Tensor, torch.Tensor | None] | None:
         """One step: where the tokens go, the n' patch tokens (B, n', C) that stay, and their sizes (B, n').
 
-        Sizes are None for a method that merges none. An adaptive method, whose `remove` is 0, may return None to leave
-        all as it is.
+        Sizes are None for a method that merges none. None leaves all tokens as they are: for an adaptive method, whose
+        `remove` is 0, and for one that masks them in training.
         """
         assignment = self.match(ctx, remove)
         return assignment, *self.fuse(ctx, assignment)
@@ -85,6 +94,11 @@ class Method(nn.Module):
     def fuse(self, ctx: BlockContext, assignment: Assignment) -> tuple[torch.Tensor, torch.Tensor | None]:
         """The tokens that stay and their sizes; here: means by size."""
         return merge_mean(ctx, assignment)
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """Blocks 3, 6 and 9 of 12, and those at a quarter, half and three quarters of other depths; never the first."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
 
 
 def merge_mean(

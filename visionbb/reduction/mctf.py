@@ -9,12 +9,13 @@ matching; what two steps of merging send on is averaged in one; no gradient goes
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels import token_match, token_merge
 from .context import BlockContext
 from .matching import alternating
 from .method import Method, merge_mean
-from .state import Assignment, gather_tokens
+from .state import Assignment, behind_prefix, gather_tokens
 
 ATTENTION = ("precise", "approximate")
 
@@ -130,10 +131,8 @@ def merge_attention(attention: torch.Tensor, assignment: Assignment, weight: tor
     """
     heads, n = attention.shape[1], weight.shape[1]
     prefix = attention.shape[2] - n
-    alone = torch.arange(prefix, device=weight.device).expand(weight.shape[0], -1)
-    index = torch.cat((alone, assignment.index + prefix), 1)
-    weight = torch.cat((weight.new_ones(weight.shape[0], prefix), weight), 1)
-    left = prefix + assignment.place.shape[1]
+    index, left = behind_prefix(assignment.index, prefix), prefix + assignment.place.shape[1]
+    weight = F.pad(weight, (prefix, 0), value=1.0)
     queries, _ = token_merge(attention.transpose(1, 2).flatten(2), index, left, weight)
     keys = queries.unflatten(2, (heads, -1)).permute(0, 3, 2, 1).flatten(2)  # (B, P + n, heads * (P + n'))
     mean, count = token_merge(keys, index, left)

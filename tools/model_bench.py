@@ -1,6 +1,10 @@
 """Speed of models against each other, in turns in one process: inference, training, and growth with the image.
 
     python tools/model_bench.py swin_tiny_patch4_window7_224 nat_tiny dinat_tiny --input-size 224 448 --mode both
+
+A plain ViT against itself with fewer tokens, NAME+METHOD:key=value,... as `visionbb.reduction.reduce_tokens` takes it:
+
+    python tools/model_bench.py deit_small_patch16_224 deit_small_patch16_224+tome:r=13 --threads 1 --mode forward
 """
 from __future__ import annotations
 
@@ -23,7 +27,9 @@ from visionbb.profiling.output import show, write_json
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="timm model names, visionbb's included")
+    parser.add_argument(
+        "models", nargs="+", help="timm model names, visionbb's included; NAME+METHOD:key=value,... reduces tokens"
+    )
     parser.add_argument("--baseline", help="model that ratios are taken against (default: the first)")
     parser.add_argument("--mode", default="both", choices=[*MODES, "both"], help="train: forward and backward")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: 8)")

@@ -2,6 +2,10 @@
 
     python tools/profile.py nat_tiny dinat_tiny swin_tiny_patch4_window7_224 --batch-size 8 --csv out.csv --plot out.png
 
+With fewer tokens in a ViT, as `visionbb.reduction.reduce_tokens` takes it:
+
+    python tools/profile.py deit_small_patch16_224 deit_small_patch16_224+tome:r=13
+
 Of whole detectors and segmentors, given as mm configs, parameters and GMACs by part:
 
     python tools/profile.py configs/detection/nat/mask-rcnn_nat-tiny_fpn_ms-3x_coco.py --input 1280x800
@@ -39,7 +43,10 @@ def show_detectors(configs: list[str], size: str) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="+", help="timm model names, or mm config files (*.py)")
+    parser.add_argument(
+        "models", nargs="+",
+        help="timm model names, NAME+METHOD:key=value,... reduces tokens; or mm config files (*.py)",
+    )  # fmt: skip
     parser.add_argument("--input", default="1280x800", metavar="WxH", help="image of mm configs (default: 1280x800)")
     parser.add_argument("--batch-size", type=int, default=8, help="images per step (default: 8)")
     parser.add_argument("--input-size", type=int, help="side in pixels (default: each model's own)")

@@ -12,13 +12,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from visionbb.kernels import token_match, use
-from visionbb.kernels.token_match import reference
 from visionbb.kernels.token_match.limits import refuses
+
+from .token_match_cases import arguments, cases, check
 
 pytest.importorskip("triton")
 
 from visionbb.kernels.token_match import triton as kernels
 
+CASES = cases(images=2, tokens=(1, 140), channels=80)
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 runs_kernels = pytest.mark.skipif(
@@ -31,50 +33,11 @@ def test_under_the_interpreter(run_interpreted):
     run_interpreted(__file__)
 
 
-@st.composite
-def cases(draw):
-    return dict(
-        shape=(draw(st.integers(1, 2)), draw(st.integers(1, 140)), draw(st.integers(1, 140)), draw(st.integers(1, 80))),
-        weight=draw(st.booleans()), masked=draw(st.sampled_from([None, 0.3, 1.0])),
-        affinity=draw(st.sampled_from(["cosine", "shifted"])), seed=draw(st.integers(0, 99)),
-    )
-
-
-def arguments(case, dtype):
-    """Sources and destinations as they alternate in one tensor, a token of norm zero among each."""
-    generator = torch.Generator().manual_seed(case["seed"])
-    B, N, M, D = case["shape"]
-    tokens = torch.randn(B, 2 * max(N, M), 2 * D, generator=generator, dtype=torch.float64)
-    tokens[0, :2] = 0
-    tokens = tokens.to(DEVICE, dtype)
-    weight = torch.rand(B, M, generator=generator).to(DEVICE, torch.promote_types(dtype, torch.float32))
-    masked = torch.rand(B, M, generator=generator).to(DEVICE) < (case["masked"] or 0)
-    kwargs = dict(
-        dst_weight=weight if case["weight"] else None, dst_mask=~masked if case["masked"] else None,
-        affinity=case["affinity"],
-    )
-    return (tokens[:, : 2 * N : 2, D:], tokens[:, 1 : 2 * M : 2, D:]), kwargs
-
-
-def check(got, args, kwargs, tolerance):
-    """Against the definition in float64; an index is right if the affinity there is the largest, up to rounding."""
-    (score, index), (src, dst) = got, (x.double() for x in args)
-    weight, mask, affinity = kwargs.values()
-    want, first = reference.token_match(src, dst, weight, mask, affinity)
-    torch.testing.assert_close(score.double(), want, rtol=tolerance, atol=tolerance)
-    chosen = dst.gather(1, index[..., None].expand(src.shape))
-    weight, mask = (None if x is None else x.gather(1, index).view(-1, 1) for x in (weight, mask))
-    src, chosen = src.reshape(-1, 1, src.shape[2]), chosen.flatten(0, 1)[:, None]
-    there, _ = reference.token_match(src, chosen, weight, mask, affinity)
-    torch.testing.assert_close(there.view(want.shape), want, rtol=tolerance, atol=tolerance)
-    assert torch.equal(index[want == float("-inf")], first[want == float("-inf")])
-
-
 @runs_kernels
 @settings(max_examples=20, deadline=None)
-@given(cases(), st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans())
+@given(CASES, st.sampled_from([torch.float32, torch.float16, torch.bfloat16]), st.booleans())
 def test_kernel_equals_reference(case, dtype, split):
-    args, kwargs = arguments(case, dtype)
+    args, kwargs = arguments(case, dtype, DEVICE)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(kernels, "SHARE", 64 if split else 1 << 20)
         got = kernels.token_match(*args, *kwargs.values())

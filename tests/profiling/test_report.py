@@ -14,7 +14,8 @@ from visionbb.profiling.memory import tensor_bytes
 from visionbb.profiling.output import write_csv, write_json
 from visionbb.profiling.plot import plot_models
 from visionbb.profiling.report import ModelProfile, profile_table
-from visionbb.profiling.subject import subject
+from visionbb.profiling.subject import parse_reduction, subject
+from visionbb.reduction import reduce_tokens
 
 FAST = {"batch_size": 2, "repeats": 2, "latency_repeats": 2, "warmup": 1}
 # The header of timm's benchmark files, and what their users read from them.
@@ -110,8 +111,43 @@ def test_fixed_size_models_are_resized_and_others_take_any_size():
         assert resized.model(resized.images(2)).shape == (2, 1000)
 
 
+def test_subjects_with_fewer_tokens_are_those_of_reduce_tokens():
+    plain = subject("test_vit", 96)
+    reduced = subject("test_vit+tome:r={1: 9},proportional=False", 96)
+    assert reduced.name == "test_vit+tome:r={1: 9},proportional=False"
+    reduction = reduced.model.eval().reduction
+    assert reduction.schedule[:3] == (0, 9, 0)
+    assert reduction.method.proportional is False
+    images = plain.images(1)
+    plain.model.load_state_dict(reduced.model.state_dict())
+    want = reduce_tokens(plain.model.eval(), "tome", r={1: 9}, proportional=False)(images)
+    assert torch.equal(reduced.model(images), want)
+    budget = subject("test_vit+evit:target_gmacs=0.005", 96).model  # meant for these images
+    assert budget.reduction.report(images).gmacs == pytest.approx(0.005, rel=0.1)
+    profiles = [profile_model(name, 96, **FAST) for name in ("test_vit", reduced.name)]
+    assert profiles[0].infer_gmacs > profiles[1].infer_gmacs
+
+
+def test_a_reduction_in_words():
+    assert parse_reduction("algm") == {"method": "algm"}
+    assert parse_reduction("mctf:r=[0, 4],attention=approximate") == {
+        "method": "mctf", "r": [0, 4], "attention": "approximate"
+    }
+
+
 def test_bad_subjects_are_named():
     with pytest.raises(ValueError, match=r"unknown model 'resnet_50'.*resnet50"):
         subject("resnet_50")
+    for name, message in {
+        "test_vit+tome:13": r"test_vit\+tome:13: a reduction must be METHOD:key=value,key=value..., got 'tome:13'",
+        "test_vit+tome:r=4,r=5": "a reduction must be",
+        "test_vit+": "test_vit.: method must be one of",
+        "test_vit+tome:colour=1": "test_vit.tome:colour=1: tome has no option 'colour'",
+        "test_vit+tome:r=4,model=1": "model",
+        "test_resnet+tome:r=4": "test_resnet.tome:r=4: model must be of one of the families",
+        "vitt+tome:r=4": "unknown model 'vitt'",
+    }.items():
+        with pytest.raises(ValueError, match=message):
+            subject(name)
     with pytest.raises(ValueError, match="input_size must be given: Linear"):
         subject(nn.Linear(2, 2))

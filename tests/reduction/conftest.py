@@ -62,6 +62,16 @@ def build(family: str) -> nn.Module:
     return model.eval()
 
 
+def each_alone(model: nn.Module, images: torch.Tensor) -> None:
+    """Checks that every image (float64) of a batch gives what it gives alone."""
+    outputs = model(images), model.forward_features(images)
+    assert outputs[1].isfinite().all()
+    for i in range(len(images)):
+        one = images[i : i + 1]
+        alone = model(one), model.forward_features(one)
+        torch.testing.assert_close(alone, tuple(x[i : i + 1] for x in outputs), rtol=1e-5, atol=1e-7)
+
+
 @pytest.fixture(params=FAMILIES)
 def family(request) -> str:
     return request.param

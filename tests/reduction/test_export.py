@@ -13,6 +13,7 @@ from .conftest import build
 RECIPES = [
     ("tome", dict(r=10)), ("tofu", dict(r=10)), ("pitome", dict(r=10)), ("mctf", dict(r=10)),
     ("zero_tprune", dict(keep=0.7)), ("diffrate", dict(r=10)), ("evit", dict(keep=0.7, fuse_token=True)),
+    ("dynamic_vit", dict(keep=0.7)),
 ]
 EACH = pytest.mark.parametrize(
     ("family", "method", "kwargs"),

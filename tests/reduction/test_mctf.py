@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from visionbb.profiling import count_flops
 from visionbb.reduction import reduce_tokens
+from visionbb.reduction.blocks import QUERIES_AND_KEYS, VALUES, adapter_for
 from visionbb.reduction.mctf import bidirectional
 
 from .conftest import build
@@ -112,11 +113,39 @@ def test_wrong_options_are_named(options, message):
         reduce_tokens(build("deit"), "mctf", r=4, **options)
 
 
-def test_looking_ahead_is_counted():
+@pytest.mark.parametrize(("attention", "gmacs"), [("precise", 2.96), ("approximate", 2.58)])  # 2.6 is published
+def test_looking_ahead_is_counted(attention, gmacs):
     with torch.device("meta"):
         model = timm.create_model("deit_small_patch16_224")
-        reduce_tokens(model, "mctf", r=16)
+        reduce_tokens(model, "mctf", r=16, attention=attention)
         closed = model.reduction.report(torch.empty(1, 3, 224, 224)).gmacs
+        assert closed == pytest.approx(gmacs, abs=0.005)
         assert count_flops(model, 224).gmacs == pytest.approx(closed, rel=0.015)
-        reduce_tokens(model, "mctf", target_gmacs=2.9)
+        reduce_tokens(model, "mctf", target_gmacs=2.9, attention=attention)
         assert 2.87 < model.reduction.report(torch.empty(1, 3, 224, 224)).gmacs <= 2.9
+
+
+@torch.no_grad()
+def test_queries_and_keys_ahead_are_those_of_the_whole_projection(family, images):
+    """What looks ahead projects to q and k alone, and what attends approximately to v alone: parts of one layer."""
+    model = build(family)
+    adapter, block = adapter_for(model.blocks), model.blocks[1]
+    x = torch.randn(2, 65, 48)
+    whole = adapter.project(block, x)
+    for parts in (QUERIES_AND_KEYS, VALUES):
+        torch.testing.assert_close(adapter.project(block, x, parts), whole[parts])
+
+
+@torch.no_grad()
+def test_a_wrapped_projection_is_used_as_a_whole(images):
+    class Twice(torch.nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    model = build("deit")
+    block = model.blocks[1]
+    twice = Twice(48, 144)
+    twice.load_state_dict(block.attn.qkv.state_dict())
+    block.attn.qkv = twice
+    q, k = adapter_for(model.blocks).project(block, images[..., :48].flatten(1, 2), QUERIES_AND_KEYS)
+    torch.testing.assert_close((q, k), adapter_for(model.blocks).project(block, images[..., :48].flatten(1, 2))[:2])

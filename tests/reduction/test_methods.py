@@ -17,6 +17,7 @@ RECIPES = {
     "mctf_approximate": dict(method="mctf", r=10, attention="approximate"),
     "zero_tprune": dict(keep=0.7),
     "diffrate": dict(r=10),
+    "dynamic_vit": dict(keep=0.7),
     "evit": dict(keep=0.7),
     "evit_fused": dict(method="evit", keep=0.7, fuse_token=True),
 }

@@ -74,6 +74,17 @@ def test_model_bench(tool, capsys, tmp_path):
     assert all(r["ratio"] == 1 for r in rows if r["model"] == "test_resnet")
 
 
+def test_model_bench_reduces_tokens(tool, capsys, tmp_path):
+    out = tmp_path / "out.json"
+    reduced = "test_vit+evit:keep=0.5,fuse_token=True"
+    tool("model_bench")(
+        ["test_vit", reduced, "--batch-size", "2", "--input-size", "96", "--mode", "forward", "--repeats", "1",
+         "--warmup", "0", "--json", str(out)]
+    )  # fmt: skip
+    assert reduced in capsys.readouterr().out
+    assert [row["model"] for row in json.loads(out.read_text())["results"]] == ["test_vit", reduced]
+
+
 def test_kernel_bench(tool, capsys, tmp_path):
     out = tmp_path / "out.json"
     tool("kernel_bench")(
@@ -91,6 +102,8 @@ def test_kernel_bench(tool, capsys, tmp_path):
     [
         ("profile", ["resnet_50"], "unknown model 'resnet_50'"),
         ("model_bench", ["test_vit", "resnet_50"], "unknown model 'resnet_50'"),
+        ("model_bench", ["test_vit+tomee:r=4"], "test_vit+tomee:r=4: method must be one of"),
+        ("profile", ["test_resnet+tome:r=4"], "test_resnet+tome:r=4: model must be of one of the families"),
         ("kernel_bench", ["na2d", "--cases", "9000"], "no case of na2d"),
         ("kernel_bench", ["na2d", "--contestants", "abacus"], "unknown contestants abacus"),
     ],

@@ -59,8 +59,22 @@ def test_trains_reduces_tunes_and_tells(main, settings, tmp_path, capsys):
     checkpoint = tmp_path / "vit" / "last.pth.tar"  # is trained once
     weights = torch.load(checkpoint, weights_only=True)["state_dict"]
     before = checkpoint.stat().st_mtime_ns
-    main([*settings, "--methods", "tome", "--shares", "0.5", "--epochs", "1", "--repeats", "1"])
+    main([*settings, "--methods", "dynamic_vit", "tome", "--shares", "0.5", "--epochs", "1", "--repeats", "1", "--add"])
     assert checkpoint.stat().st_mtime_ns == before
+    document = json.loads((tmp_path / "out.json").read_text())
+    added = document["results"]
+    assert added[:4] == results[:4]  # the plain model, algm, as_vit
+    assert [(row["method"], row["share"], row["task"]) for row in added[4:]] == [
+        ("dynamic_vit", 0.5, "reduction_distillation"), ("evit", 0.75, "classification"),
+        ("mctf", 0.75, "classification"), ("mctf", 0.75, "reduction_consistency"), ("tome", 0.5, "classification"),
+    ]
+    assert document["settings"]["added"].keys() == {"dynamic_vit", "tome"}
+    assert "`tome`: 20" in (tmp_path / "card.md").read_text()
+    document["results"][0]["loss"] += 0.1  # of another plain model
+    (tmp_path / "out.json").write_text(json.dumps(document))
+    with pytest.raises(SystemExit):
+        main([*settings, "--methods", "tome", "--add"])
+    assert "initial_checkpoint must be that of the earlier results" in capsys.readouterr().err
     tuned = tmp_path / "tuned" / "tome_0.5_classification" / "last.pth.tar"
     assert torch.load(tuned, weights_only=True)["state_dict"].keys() == weights.keys()
 
@@ -68,7 +82,9 @@ def test_trains_reduces_tunes_and_tells(main, settings, tmp_path, capsys):
 def test_wrong_arguments_are_told(main, settings, tmp_path, capsys):
     (tmp_path / "vit").mkdir()
     (tmp_path / "vit" / "last.pth.tar").touch()
-    wrong = [(["--methods", "tomee"], "invalid choice"), (["--shares", "1.5"], "shares must lie")]
+    wrong = [(["--methods", "tomee"], "invalid choice"), (["--shares", "1.5"], "shares must lie"),
+             (["--methods", "tome", "--add"], "--add needs --methods, and results in"),
+             (["--add"], "--add needs --methods")]
     for args, message in wrong:
         with pytest.raises(SystemExit):
             main([*settings, *args])

@@ -18,11 +18,13 @@ from visionbb.training import (
     ConfigError,
     ReductionBudget,
     ReductionConsistency,
+    ReductionDistillation,
     TrainConfig,
     parse_config,
     prepare,
     train,
 )
+from visionbb.training import run as run_module
 
 QUIET = Console(quiet=True)
 CPU = torch.device("cpu")
@@ -89,12 +91,14 @@ def test_the_command_line_has_it() -> None:
     {"model_ema": True, "model_ema_decay": 0.9},
     CONSISTENT | {"amp": True, "mixup": 0.2},
     {"task": "reduction_budget", "budget_gmacs": 0.0006, "budget_weight": 1e4, "reduction": {"method": "as_vit"}},
-], ids=["ema", "consistency-amp-mixup", "budget"])
-def test_stopped_and_resumed_run_equals_the_uninterrupted_one(digits, tmp_path: Path, extra: dict) -> None:
-    whole = prepare(digits(**extra, output=str(tmp_path / "whole")))
+    {"task": "reduction_distillation"},
+], ids=["ema", "consistency-amp-mixup", "budget", "distillation"])
+def test_stopped_and_resumed_run_equals_the_uninterrupted_one(digits, taught, tmp_path: Path, extra: dict) -> None:
+    options = taught if extra.get("task") == "reduction_distillation" else digits
+    whole = prepare(options(**extra, output=str(tmp_path / "whole")))
     metrics = train(whole, QUIET)
-    train(prepare(digits(**extra, stop_epoch=1)), QUIET)
-    resumed = prepare(digits(**extra, resume="auto"))
+    train(prepare(options(**extra, stop_epoch=1)), QUIET)
+    resumed = prepare(options(**extra, resume="auto"))
     assert resumed.start_epoch == 1
     assert train(resumed, QUIET) == metrics
     assert same(state(whole.eval_model), state(resumed.eval_model))
@@ -226,3 +230,89 @@ def test_thresholds_move_towards_the_budget(vit, digits) -> None:
         gradient = vit.reducer.method.thresholds.grad
         assert (gradient * sign >= 0).all()
         assert gradient.any()
+
+
+# ---- Distillation ---------------------------------------------------------------------------------------------------
+
+TAUGHT = {"task": "reduction_distillation", "reduction": {"method": "dynamic_vit", "keep": 0.7},
+          "kd_model_name": DEIT, "kd_model_kwargs": SMALL}
+
+
+@pytest.fixture
+def taught(digits, tmp_path: Path) -> Callable[..., TrainConfig]:
+    """Return a function that makes the options of a run on the digits with a teacher, that of the tests untrained."""
+    teacher = timm.create_model(DEIT, img_size=16, in_chans=1, num_classes=10, **SMALL)
+    path = tmp_path / "teacher.pth"
+    torch.save(teacher.state_dict(), path)
+    return lambda **overrides: digits(**TAUGHT | {"kd_pretrained_path": str(path)} | overrides)
+
+
+def test_loss_has_its_four_terms(vit, taught) -> None:
+    images, classes = torch.randn(6, 3, 16, 16), torch.tensor([0, 1, 2, 3, 4, 0])
+    torch.manual_seed(1)
+    teacher = timm.create_model(DEIT, img_size=16, num_classes=5, **SMALL).eval()
+    reduce_tokens(vit, "dynamic_vit", keep=0.6)
+    shares = (10 / 16, 6 / 16, 4 / 16)
+    with torch.no_grad():
+        wanted, theirs = teacher(images).softmax(-1), teacher.forward_features(images)[:, 1:]
+        torch.manual_seed(2)
+        x, state, _ = vit.forward_tokens(images)
+        x = vit.norm(x)
+        output = vit.head(x[:, 0])
+        stays = state.record[-1] > 0.5
+        assert 0 < stays.sum() < stays.numel()
+        terms = {
+            "": F.cross_entropy(output, classes),
+            "ratio": sum((mask.mean(1) - share).square().mean() for mask, share in zip(state.record, shares)) / 3,
+            "kl": (wanted * (wanted.log() - output.log_softmax(-1))).sum(-1).mean(),
+            "tokens": (x[:, 1:] - theirs)[stays].square().mean(),
+        }
+    for ratio, distill in ((0.0, 0.0), (3.0, 0.0), (2.0, 0.5)):
+        task = ReductionDistillation(vit, taught(smoothing=0.0, ratio_weight=ratio, distill_weight=distill), CPU,
+                                     copy.deepcopy(teacher).train())
+        torch.manual_seed(2)
+        loss = task(images, classes)["loss"]
+        expected = terms[""] + ratio * terms["ratio"] + distill * (terms["kl"] + terms["tokens"])
+        torch.testing.assert_close(loss, expected)
+    loss.backward()
+    for name, p in vit.named_parameters():
+        assert p.grad.isfinite().all(), name
+        assert p.grad.any(), name
+    assert not any(p.requires_grad for p in task.teacher.parameters())
+    assert not task.train().teacher.training
+
+
+def test_predictors_learn_on_the_digits(taught) -> None:
+    """In a few steps the loss falls; afterwards evaluation keeps the numbers of the schedule."""
+    run = prepare(taught(epochs=5, lr=3e-3))
+    model = run.task.trainable_module
+    before = state(model.reducer.method)
+    train(run, QUIET)
+    rows = (run.output / "summary.csv").read_text().splitlines()
+    losses = [float(row.split(",")[rows[0].split(",").index("train_loss")]) for row in rows[1:]]
+    assert losses[-1] < 0.8 * losses[0]
+    assert not any(torch.equal(value, before[name]) for name, value in state(model.reducer.method).items())
+    report = run.eval_model.eval().reduction.report(next(iter(run.val_loader))[0])
+    assert report.tokens == ((16, 16), (12, 12), (9, 9), (7, 7))
+    saved = torch.load(run.output / "last.pth.tar", weights_only=True)["state_dict"]
+    assert saved.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(("overrides", "message"), [
+    ({"kd_model_name": None}, "kd_model_name must name the teacher of task 'reduction_distillation'"),
+    ({"reduction": {"method": "tome", "r": 2}}, "must be by method 'dynamic_vit' .*got {'method': 'tome'"),
+    ({"reduction": {"method": "dynamic_vit", "keep": 1.0}}, "and remove tokens with task .*'keep': 1.0"),
+    ({"kd_model_name": "test_efficientnet", "kd_model_kwargs": {}, "kd_pretrained_path": None},
+     "kd_model_name 'test_efficientnet' must be a ViT: .*EfficientNet"),
+    ({"kd_model_kwargs": SMALL | {"embed_dim": 48}}, r"width and its rows and .*\(32, 4, 4\), got \(48, 4, 4\)"),
+    ({"kd_model_kwargs": SMALL | {"patch_size": 8}}, r"\(32, 4, 4\), got \(32, 2, 2\)"),
+    ({"ratio_weight": -1.0}, "ratio_weight must be at least 0"),
+])
+def test_teachers_that_do_not_fit_are_named(taught, monkeypatch, overrides: dict, message: str) -> None:
+    def untrained(config: TrainConfig, num_classes: int, in_chans: int) -> torch.nn.Module:
+        return timm.create_model(config.kd_model_name, num_classes=num_classes, in_chans=in_chans,
+                                 **{"img_size": 16} | config.kd_model_kwargs if config.kd_model_kwargs else {})
+
+    monkeypatch.setattr(run_module, "create_teacher", untrained)
+    with pytest.raises(ConfigError, match="(?s)" + message):
+        prepare(taught(**overrides))

@@ -61,7 +61,7 @@ def compare_models(
     """Times models at all sizes in turns, in one process, one mode after the other.
 
     Args:
-        models: timm names, visionbb's included.
+        models: timm names, visionbb's included, and how their tokens are reduced: see `subject.subject`.
         input_sizes: sides in pixels.
         baseline: the model that ratios are taken against; None is the first.
         modes: "forward", "train" or both.

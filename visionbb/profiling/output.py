@@ -66,9 +66,21 @@ def write_csv(path: str | Path, rows: Sequence[Any]) -> None:
         writer.writerows(map(plain, rows))
 
 
-def write_json(path: str | Path, rows: Sequence[Any], device: torch.device | str = "cpu", **settings: Any) -> None:
-    """Writes dataclass instances as {"environment": ..., "settings": ..., "results": [...]}."""
-    document = {"environment": environment(device), "settings": settings, "results": [plain(r) for r in rows]}
+def write_json(
+    path: str | Path,
+    rows: Sequence[Any],
+    device: torch.device | str = "cpu",
+    *,
+    measured_in: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> None:
+    """Writes dataclass instances as {"environment": ..., "settings": ..., "results": [...]}.
+
+    Args:
+        measured_in: the environment, if it is not this one.
+    """
+    where = environment(device) if measured_in is None else measured_in
+    document = {"environment": where, "settings": settings, "results": [plain(r) for r in rows]}
     Path(path).write_text(json.dumps(document, indent=2) + "\n")
 
 

@@ -64,7 +64,8 @@ def profile_models(
     """Measures models in turns, in one process, so that their times can be compared.
 
     Args:
-        models: timm names (visionbb's included), or modules, which are copied and stay as they are.
+        models: timm names (visionbb's included), with a reduction of tokens or without, see `subject.subject`, or
+            modules, which are copied and stay as they are.
         input_size: side in pixels, (H, W) or (C, H, W); None takes each model's own.
         batch_size: images per step; latency is always that of one image.
         backend: the path of visionbb's ops, see `visionbb.kernels.use`. FLOPs do not depend on it.

@@ -12,6 +12,7 @@ from .calibrate import calibrate
 from .context import BlockContext
 from .diffrate import DiffRate
 from .draw import merged_patches
+from .dynamic_vit import DynamicViT, ratio_loss
 from .evit import EViT
 from .ia_red2 import IARED2
 from .mctf import MCTF
@@ -24,7 +25,8 @@ from .tome import ToMe
 from .zero_tprune import ZeroTPrune
 
 __all__ = [
-    "ALGM", "IARED2", "MCTF", "METHODS", "ASViT", "Assignment", "BlockContext", "DiffRate", "EViT", "Method", "PiToMe",
-    "Reduction", "ReductionReport", "ToFu", "ToMe", "TokenState", "ZeroTPrune", "budget_loss", "calibrate",
-    "keep_padded", "keep_tokens", "merge_mean", "merge_sizes", "merged_patches", "reduce_tokens", "remove_reduction",
+    "ALGM", "IARED2", "MCTF", "METHODS", "ASViT", "Assignment", "BlockContext", "DiffRate", "DynamicViT", "EViT",
+    "Method", "PiToMe", "Reduction", "ReductionReport", "ToFu", "ToMe", "TokenState", "ZeroTPrune", "budget_loss",
+    "calibrate", "keep_padded", "keep_tokens", "merge_mean", "merge_sizes", "merged_patches", "ratio_loss",
+    "reduce_tokens", "remove_reduction",
 ]

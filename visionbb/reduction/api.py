@@ -9,7 +9,7 @@ from torch import nn
 from .blocks import adapter_for
 from .method import METHODS
 from .models import Reduced, Reducer, family_for, reduced_class
-from .schedule import Cost, budget, constant_r, keep_ratio
+from .schedule import Cost, budget, constant_r, keep_ratio, reduces
 
 
 def reduce_tokens(
@@ -66,6 +66,7 @@ def reduce_tokens(
         raise ValueError(f"{method} reads the attention of the class token, which {type(model).__name__} has not")
 
     depth = len(model.blocks)
+    reducing.build(depth, model.num_features, adapter.attention(model.blocks[0]).num_heads)
     given = {"r": r, "keep": keep, "target_gmacs": target_gmacs}
     named = [name for name, value in given.items() if value is not None]
     if len(named) != (0 if cls.adaptive else 1):
@@ -82,7 +83,11 @@ def reduce_tokens(
         cost = Cost.of(model, adapter, family.embedding(model), rows * cols, family.prefix(model))
         schedule = budget(target_gmacs, cost, reducing, depth)
 
-    reducing.build(depth, model.num_features, adapter.attention(model.blocks[0]).num_heads)
+    if not cls.elsewhere:
+        blocks = reducing.blocks(depth)
+        if other := [b for b, entry in enumerate(schedule) if reduces(entry) and b not in blocks]:
+            allowed = ", ".join(map(str, blocks))
+            raise ValueError(f"{method} has what it needs at blocks {allowed}; the schedule names {other[0]}")
     like = next(model.parameters())
     reducing.to(like.device, like.dtype)
     remove_reduction(model)

@@ -8,27 +8,26 @@ its own number of tokens, where there all keep the mean; the token of largest sc
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 from .context import BlockContext
-from .method import Method, keep_padded
+from .masking import Masking
+from .method import keep_padded
 from .report import cost_of
 from .state import Assignment, TokenState
 
 SHARPNESS = 1e4  # of the sigmoid that gives thresholds their gradient
 
 
-class ASViT(Method, name="as_vit"):
+class ASViT(Masking, name="as_vit"):
     """Behind a block, tokens stay whose score is above the threshold of that block.
 
     The score is the attention of the class token, weighted over heads by the norms of what they gave for the token:
     S_i = sum_h A_h[class, i] |o_hi| / sum_g |o_gi|. In front of blocks 4, 7 and 10 of 12, at those fractions of other
     depths. The thresholds, at first 0.001, 0.002 and 0.003, are parameters of the model, `reducer.method.thresholds`.
 
-    In evaluation tokens go, and images of which fewer stay are padded. In training all stay, for the gradients: tokens
-    below the threshold get no attention but their own, and the masks (B, n) of all steps so far are the state's record,
-    which `budget_loss` reads. Both give the same logits.
+    In evaluation tokens go, and images of which fewer stay are padded. In training those below the threshold are
+    masked, see `Masking`, for the gradients, and `budget_loss` reads the masks. Both give the same logits.
     """
 
     where = "end"
@@ -40,18 +39,6 @@ class ASViT(Method, name="as_vit"):
 
     def blocks(self, depth: int) -> tuple[int, ...]:
         return tuple(sorted({max(b * depth // 12, 1) - 1 for b in (4, 7, 10)}))
-
-    def key_bias(self, size: torch.Tensor) -> torch.Tensor | None:
-        return None if self.training else super().key_bias(size)  # in training `attend` masks
-
-    def attend(self, ctx: BlockContext) -> torch.Tensor:
-        if not ctx.state.record:
-            return ctx.attend()
-        gate = F.pad(ctx.state.record[-1], (ctx.state.prefix, 0), value=1.0)[:, None, None]
-        own = torch.eye(gate.shape[-1], dtype=torch.bool, device=gate.device)
-        attention = ctx.attention() * torch.where(own, 1, gate)
-        attention = attention / attention.sum(-1, keepdim=True).clamp(min=1e-6)
-        return ctx.apply(attention)
 
     def reduce(self, ctx: BlockContext, remove: int) -> tuple[Assignment, torch.Tensor, torch.Tensor] | None:
         row, record, size = ctx.cls_row(), ctx.state.record, ctx.state.size
@@ -65,9 +52,7 @@ class ASViT(Method, name="as_vit"):
         ranked = score.masked_fill(alive < 0.5, -1)
         stays = (alive > 0.5) & ((score > threshold) | (ranked == ranked.amax(1, keepdim=True)))
         if self.training:
-            soft = torch.sigmoid((score - threshold) * SHARPNESS)
-            mask = stays.to(score.dtype) + soft - soft.detach()
-            ctx.state = ctx.state._replace(size=mask.detach(), record=(*record, mask))  # the size is for the head
+            self.mask(ctx, stays, torch.sigmoid((score - threshold) * SHARPNESS))
             return None
         return keep_padded(ctx, stays)
 

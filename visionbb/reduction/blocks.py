@@ -16,6 +16,8 @@ from ..backbones import Block, TokenBlock
 from ..backbones.block import ConvMlp
 from ..mixers import SoftmaxAttention
 
+ALL, QUERIES_AND_KEYS, VALUES = slice(3), slice(2), slice(2, 3)  # of q, k, v
+
 
 class BlockAdapter:
     """A pre-norm block of timm's `VisionTransformer`: x + ls1(attn(norm1(x))), then x + ls2(mlp(norm2(x))).
@@ -36,11 +38,16 @@ class BlockAdapter:
         """What the attention reads."""
         return block.norm1(x)
 
-    def project(self, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Normed tokens to q, k, v, before any rotary embedding."""
+    def project(self, block: nn.Module, x: torch.Tensor, parts: slice = ALL) -> tuple[torch.Tensor, ...]:
+        """Normed tokens to q, k, v, or some of them, before any rotary embedding."""
         attn = block.attn
-        q, k, v = attn.qkv(x).unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.q_norm(q), attn.k_norm(k), v
+        return self.in_heads(attn, project_parts(attn.qkv, x, parts), parts)
+
+    def in_heads(self, attn: nn.Module, qkv: torch.Tensor, parts: slice) -> tuple[torch.Tensor, ...]:
+        """Of projections side by side, (B, P + n, parts * heads * d), each by heads and under its norm."""
+        norms = (attn.q_norm, attn.k_norm, nn.Identity())[parts]
+        each = qkv.unflatten(-1, (len(norms), attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        return tuple(norm(part) for norm, part in zip(norms, each, strict=True))
 
     def turn(self, block: nn.Module, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         """q or k under the rotary embedding of its tokens."""
@@ -80,22 +87,19 @@ class EvaAdapter(BlockAdapter):
             return f"its attention is {type(block.attn).__name__}, only EvaAttention and AttentionRope are known"
         return None
 
-    def project(self, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def project(self, block: nn.Module, x: torch.Tensor, parts: slice = ALL) -> tuple[torch.Tensor, ...]:
         attn = block.attn
         if attn.qkv is None:
-            q, k, v = (
-                proj(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)
-                for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+            layers = (attn.q_proj, attn.q_norm), (attn.k_proj, attn.k_norm), (attn.v_proj, nn.Identity())
+            return tuple(
+                norm(proj(x).unflatten(-1, (-1, attn.head_dim)).transpose(1, 2)) for proj, norm in layers[parts]
             )
-        else:
-            if type(attn) is AttentionRope or attn.q_bias is None:
-                qkv = attn.qkv(x)
-            else:
-                bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias))
-                separate = attn.qkv_bias_separate
-                qkv = attn.qkv(x) + bias if separate else F.linear(x, attn.qkv.weight, bias)
-            q, k, v = qkv.unflatten(-1, (3, attn.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        return attn.q_norm(q), attn.k_norm(k), v
+        bias = None
+        if type(attn) is not AttentionRope and attn.q_bias is not None:
+            bias = torch.cat((attn.q_bias, attn.k_bias, attn.v_bias)[parts])
+            if attn.qkv_bias_separate:
+                return self.in_heads(attn, project_parts(attn.qkv, x, parts) + bias, parts)
+        return self.in_heads(attn, project_parts(attn.qkv, x, parts, bias), parts)
 
     def turn(self, block: nn.Module, x: torch.Tensor, rope: torch.Tensor) -> torch.Tensor:
         prefix = block.attn.num_prefix_tokens
@@ -139,9 +143,9 @@ class MixerAdapter(BlockAdapter):
     def attention(self, block: nn.Module) -> nn.Module:
         return block.mixer
 
-    def project(self, block: nn.Module, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        q, k, v = (block.mixer.heads(part).transpose(1, 2) for part in block.mixer.qkv(x).chunk(3, -1))
-        return q, k, v
+    def project(self, block: nn.Module, x: torch.Tensor, parts: slice = ALL) -> tuple[torch.Tensor, ...]:
+        each = project_parts(block.mixer.qkv, x, parts).chunk(parts.stop - (parts.start or 0), -1)
+        return tuple(block.mixer.heads(part).transpose(1, 2) for part in each)
 
     def attend(
         self, block: nn.Module, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, key_bias: torch.Tensor | None
@@ -157,6 +161,23 @@ class MixerAdapter(BlockAdapter):
 
     def add_mlp(self, block: nn.Module, x: torch.Tensor) -> torch.Tensor:
         return block.ls2(x, block.drop_path2(block.mlp(block.norm2(x))))
+
+
+def project_parts(layer: nn.Module, x: torch.Tensor, parts: slice, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Those `parts` of what a linear layer gives that makes q, k and v side by side.
+
+    Args:
+        bias: of those parts; None for the layer's own.
+    """
+    if bias is None and parts == ALL:
+        return layer(x)
+    width = layer.out_features // 3
+    rows = slice(width * (parts.start or 0), width * parts.stop)
+    if bias is None and type(layer) is not nn.Linear:  # with something around it, or quantised: as a whole
+        return layer(x)[..., rows]
+    if bias is None and layer.bias is not None:
+        bias = layer.bias[rows]
+    return F.linear(x, layer.weight[rows], bias)
 
 
 ADAPTERS = {VitBlock: BlockAdapter(), EvaBlock: EvaAdapter(), TokenBlock: MixerAdapter(), Block: MixerAdapter()}

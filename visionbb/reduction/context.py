@@ -5,7 +5,7 @@ import torch
 from torch import nn
 
 from ..kernels import attention_column_mean
-from .blocks import BlockAdapter
+from .blocks import QUERIES_AND_KEYS, VALUES, BlockAdapter
 from .state import TokenState
 
 
@@ -43,7 +43,7 @@ class BlockContext:
         self.rope = rope
         self.bias = key_bias
         self.out: torch.Tensor | None = None
-        self.normed: torch.Tensor | None = None
+        self._normed: torch.Tensor | None = None
         self._projected: tuple[torch.Tensor, ...] | None = None
         self._turned: tuple[torch.Tensor, torch.Tensor] | None = None
 
@@ -56,17 +56,33 @@ class BlockContext:
     def n(self) -> int:
         return self.tokens.shape[1] - self.state.prefix
 
+    @property
+    def normed(self) -> torch.Tensor:
+        """What the attention of this block reads, (B, P + n, C)."""
+        if self._normed is None:
+            self._normed = self.adapter.norm(self.block, self.tokens)
+        return self._normed
+
     def projected(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """q, k, v (B, heads, P + n, d), after their norms and before any rotary embedding. k, v may have less heads."""
         if self._projected is None:
-            self.normed = self.adapter.norm(self.block, self.tokens)
             self._projected = self.adapter.project(self.block, self.normed)
         return self._projected
+
+    def look_ahead(self) -> None:
+        """Projects to q and k alone: for a method at "start", as what it leaves of the tokens is projected anew."""
+        self._projected = self.adapter.project(self.block, self.normed, QUERIES_AND_KEYS)
+
+    def values(self) -> torch.Tensor:
+        """v (B, heads, P + n, d), without q and k where nobody has asked for them."""
+        if self._projected is None:
+            return self.adapter.project(self.block, self.normed, VALUES)[0]
+        return self._projected[2]
 
     def turned(self) -> tuple[torch.Tensor, torch.Tensor]:
         """q and k as their products make the attention: under the rotary embedding, if the model has one."""
         if self._turned is None:
-            q, k, _ = self.projected()
+            q, k = self.projected()[:2]
             if self.rope is not None:
                 rope = _rope_at(self.rope, self.state.position)
                 q, k = self.adapter.turn(self.block, q, rope), self.adapter.turn(self.block, k, rope)
@@ -98,7 +114,7 @@ class BlockContext:
 
     def apply(self, attention: torch.Tensor) -> torch.Tensor:
         """What an attention matrix of these tokens, (B, heads, P + n, P + n), gives: (B, heads, P + n, d)."""
-        v = self.projected()[2]
+        v = self.values()
         return attention.to(v.dtype) @ v.repeat_interleave(attention.shape[1] // v.shape[1], 1)
 
     def _scores(self, q: torch.Tensor, k: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,7 @@ import torch
 
 from ..kernels import token_match, token_merge
 from .context import BlockContext
-from .state import Assignment, gather_tokens
+from .state import Assignment, behind_prefix, gather_tokens
 from .tome import ToMe
 
 
@@ -61,5 +61,6 @@ class DiffRate(ToMe, name="diffrate"):
             index = index.scatter(1, merged, target)
         ones = torch.ones(*index.shape, 1, device=x.device)
         total = token_merge(ones, index, kept + pruned, size)[1]  # each dropped token alone, behind those that stay
-        x, _ = token_merge(x, index, kept + pruned)
-        return Assignment(index, place, dropped if pruned else None), x[:, :kept], total[:, :kept]
+        prefix = ctx.state.prefix
+        tokens, _ = token_merge(ctx.tokens, behind_prefix(index, prefix), prefix + kept + pruned)
+        return Assignment(index, place, dropped if pruned else None), tokens[:, : prefix + kept], total[:, :kept]

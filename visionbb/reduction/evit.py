@@ -10,8 +10,8 @@ import torch
 
 from .context import BlockContext
 from .matching import keep_best
-from .method import Method, keep_tokens
-from .state import Assignment, gather_tokens
+from .method import Method, keep_tokens, quarters
+from .state import Assignment, behind_prefix, gather_tokens
 
 
 class EViT(Method, name="evit"):
@@ -32,7 +32,7 @@ class EViT(Method, name="evit"):
         self.fuse_token = fuse_token
 
     def blocks(self, depth: int) -> tuple[int, ...]:
-        return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
+        return quarters(depth)
 
     def limit(self, n: int) -> int:
         return n - 1
@@ -50,4 +50,5 @@ class EViT(Method, name="evit"):
         fused = share[:, None] @ gather_tokens(ctx.x, others)
         brightest = others.gather(1, share.argmax(1, keepdim=True))
         assignment = Assignment(index.clamp(max=kept), torch.cat((place, brightest), 1))
-        return assignment, torch.cat((gather_tokens(ctx.x, place), fused), 1), None
+        tokens = gather_tokens(ctx.tokens, behind_prefix(place, ctx.state.prefix))
+        return assignment, torch.cat((tokens, fused), 1), None

@@ -33,8 +33,8 @@ def bipartite(
     place = torch.cat(staying, 1)
     new = torch.arange(place.shape[1], device=place.device).expand_as(place)
     index = torch.zeros(features.shape[:2], dtype=torch.long, device=place.device).scatter(1, place, new)
-    into = dst.gather(1, target.gather(1, merged))
-    return Assignment(index.scatter(1, src.gather(1, merged), index.gather(1, into)), place)
+    into = target.gather(1, merged) + (place.shape[1] - dst.shape[1])  # destinations come last
+    return Assignment(index.scatter(1, src.gather(1, merged), into), place)
 
 
 def pad(into: torch.Tensor, stays: torch.Tensor) -> Assignment:

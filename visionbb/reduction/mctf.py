@@ -9,12 +9,13 @@ matching; what two steps of merging send on is averaged in one; no gradient goes
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 
 from ..kernels import token_match, token_merge
 from .context import BlockContext
 from .matching import alternating
 from .method import Method, merge_mean
-from .state import Assignment, gather_tokens
+from .state import Assignment, behind_prefix, gather_tokens
 
 ATTENTION = ("precise", "approximate")
 
@@ -35,12 +36,12 @@ class MCTF(Method, name="mctf"):
         similarity, information, size: the temperatures t_s, t_i, t_z.
         attention: what the block attends with. "precise": fused attention of the merged tokens, from their own queries
             and keys; the matrix A is never made, only the means of its columns. "approximate", as in the paper: the
-            matrix A, merged, its keys summed and its queries averaged; for weights that were trained so. The paper
-            finds both equally accurate, and where attention is fused a matrix costs more than it saves.
+            matrix A, merged, its keys summed and its queries averaged, on the values of the merged tokens; for weights
+            that were trained so. The paper finds both equally accurate, and where attention is fused a matrix costs
+            more than it saves.
     """
 
     where = "start"
-    ahead = True
 
     def __init__(
         self,
@@ -61,6 +62,13 @@ class MCTF(Method, name="mctf"):
     def blocks(self, depth: int) -> range:
         return range(1, depth)
 
+    def step_macs(self, n: int, left: int, prefix: int, attention: int, pair: int) -> int:
+        def queries_and_keys(n: int) -> int:  # half of the projections, and half of what pairs cost
+            return n * attention // 2 + n * n * pair // 2
+
+        again = 0 if self.attention == "precise" else queries_and_keys(left + prefix)
+        return queries_and_keys(n + prefix) - again
+
     def attend(self, ctx: BlockContext) -> torch.Tensor:
         if not ctx.state.record:
             return ctx.attend()
@@ -69,6 +77,7 @@ class MCTF(Method, name="mctf"):
 
     def reduce(self, ctx: BlockContext, remove: int) -> tuple[Assignment, torch.Tensor, torch.Tensor]:
         prefix, size = ctx.state.prefix, ctx.state.size
+        ctx.look_ahead()
         if self.attention == "precise":
             information = ctx.column_mean().mean(1)
         else:
@@ -122,10 +131,8 @@ def merge_attention(attention: torch.Tensor, assignment: Assignment, weight: tor
     """
     heads, n = attention.shape[1], weight.shape[1]
     prefix = attention.shape[2] - n
-    alone = torch.arange(prefix, device=weight.device).expand(weight.shape[0], -1)
-    index = torch.cat((alone, assignment.index + prefix), 1)
-    weight = torch.cat((weight.new_ones(weight.shape[0], prefix), weight), 1)
-    left = prefix + assignment.place.shape[1]
+    index, left = behind_prefix(assignment.index, prefix), prefix + assignment.place.shape[1]
+    weight = F.pad(weight, (prefix, 0), value=1.0)
     queries, _ = token_merge(attention.transpose(1, 2).flatten(2), index, left, weight)
     keys = queries.unflatten(2, (heads, -1)).permute(0, 3, 2, 1).flatten(2)  # (B, P + n, heads * (P + n'))
     mean, count = token_merge(keys, index, left)

@@ -2,12 +2,13 @@
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from ..kernels import token_merge
 from .context import BlockContext
 from .matching import keep_marked
-from .state import Assignment, gather_tokens
+from .state import Assignment, behind_prefix, gather_tokens
 
 METHODS: dict[str, type[Method]] = {}  # by the names that `reduce_tokens` takes
 WHERE = ("start", "mid", "end")
@@ -31,15 +32,14 @@ class Method(nn.Module):
             and MLP; "end": behind the block. Queries, keys and attention of the context are those of the block itself.
         knob: what `target_gmacs` turns: "r", tokens removed a block, or "keep", the share that a block keeps.
         needs_class_token: whether it reads the class token; models without one are refused.
-        ahead: whether it looks, at "start", at queries and keys of tokens that are then reduced and projected again;
-            such blocks cost that much more.
+        elsewhere: whether a schedule may name other blocks than `blocks`.
         adaptive: whether it finds the number of tokens itself; then it takes no r, keep or target_gmacs.
     """
 
     where = "mid"
     knob = "r"
     needs_class_token = False
-    ahead = False
+    elsewhere = True
     adaptive = False
 
     def __init_subclass__(cls, name: str | None = None) -> None:
@@ -58,6 +58,16 @@ class Method(nn.Module):
         """How many of n tokens one step can remove at most."""
         return n // 2
 
+    def step_macs(self, n: int, left: int, prefix: int, attention: int, pair: int) -> int:
+        """Multiply-adds that a step from n to `left` patch tokens adds to those of its block.
+
+        Matching and merging, a per cent of a block at most, are not counted.
+
+        Args:
+            prefix, attention, pair: of the block, as in `schedule.Cost`.
+        """
+        return 0
+
     def key_bias(self, size: torch.Tensor) -> torch.Tensor | None:
         """(B, n), added to the attention scores of merged tokens: their log-size, as if each were still that many.
 
@@ -70,10 +80,10 @@ class Method(nn.Module):
         return ctx.attend()
 
     def reduce(self, ctx: BlockContext, remove: int) -> tuple[Assignment, torch.Tensor, torch.Tensor | None] | None:
-        """One step: where the tokens go, the n' patch tokens (B, n', C) that stay, and their sizes (B, n').
+        """One step: where the n patch tokens go, all tokens (B, P + n', C) that stay, and the sizes (B, n') of patches.
 
-        Sizes are None for a method that merges none. An adaptive method, whose `remove` is 0, may return None to leave
-        all as it is.
+        Sizes are None for a method that merges none. None leaves all tokens as they are: for an adaptive method, whose
+        `remove` is 0, and for one that masks them in training.
         """
         assignment = self.match(ctx, remove)
         return assignment, *self.fuse(ctx, assignment)
@@ -83,21 +93,29 @@ class Method(nn.Module):
         raise NotImplementedError
 
     def fuse(self, ctx: BlockContext, assignment: Assignment) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """The tokens that stay and their sizes; here: means by size."""
+        """All tokens that stay, those of the prefix first, and the sizes of patch tokens; here: means by size."""
         return merge_mean(ctx, assignment)
+
+
+def quarters(depth: int) -> tuple[int, ...]:
+    """Blocks 3, 6 and 9 of 12, and those at a quarter, half and three quarters of other depths; never the first."""
+    return tuple(sorted({depth // 4, depth // 2, 3 * depth // 4} - {0}))
 
 
 def merge_mean(
     ctx: BlockContext, assignment: Assignment, weight: torch.Tensor | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens (B, n', C) that are the means of those that go into them, and the sums of their sizes (B, n').
+    """Tokens (B, P + n', C) that are the means of those that go into them, and the sums of their sizes (B, n').
 
     Args:
         weight: (B, n), of the means; None for the sizes.
     """
-    size = ctx.state.size
-    x, total = token_merge(ctx.x, assignment.index, assignment.place.shape[1], size if weight is None else weight)
-    return x, total if weight is None else merge_sizes(size, assignment)
+    prefix, size = ctx.state.prefix, ctx.state.size
+    by = size if weight is None else weight
+    # of all tokens, each of the prefix into itself: their copies, without and again with the prefix, are spared
+    index, left = behind_prefix(assignment.index, prefix), prefix + assignment.place.shape[1]
+    tokens, total = token_merge(ctx.tokens, index, left, None if by is None else F.pad(by, (prefix, 0), value=1.0))
+    return tokens, total[:, prefix:] if weight is None else merge_sizes(size, assignment)
 
 
 def merge_sizes(size: torch.Tensor | None, assignment: Assignment) -> torch.Tensor:
@@ -108,9 +126,10 @@ def merge_sizes(size: torch.Tensor | None, assignment: Assignment) -> torch.Tens
 
 
 def keep_tokens(ctx: BlockContext, assignment: Assignment) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """The tokens that stay, as they are, and their sizes."""
+    """The tokens that stay, (B, P + n', C), as they are, and the sizes of patch tokens."""
     size, place = ctx.state.size, assignment.place
-    return gather_tokens(ctx.x, place), None if size is None else size.gather(1, place)
+    tokens = gather_tokens(ctx.tokens, behind_prefix(place, ctx.state.prefix))
+    return tokens, None if size is None else size.gather(1, place)
 
 
 def keep_padded(ctx: BlockContext, stays: torch.Tensor) -> tuple[Assignment, torch.Tensor, torch.Tensor]:
@@ -119,5 +138,4 @@ def keep_padded(ctx: BlockContext, stays: torch.Tensor) -> tuple[Assignment, tor
     For methods that merge nothing: all other sizes are 1.
     """
     assignment = keep_marked(stays)
-    place = assignment.place
-    return assignment, gather_tokens(ctx.x, place), stays.gather(1, place).float()
+    return assignment, keep_tokens(ctx, assignment)[0], stays.gather(1, assignment.place).float()

@@ -4,6 +4,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 import torch
+import torch.nn.functional as F
 from timm.models import Eva, VisionTransformer, checkpoint
 from torch import nn
 
@@ -228,7 +229,7 @@ class Reducer(nn.Module):
     ) -> BlockContext:
         bias = None if state.size is None else self.method.key_bias(state.size)
         if bias is not None:
-            bias = torch.cat((bias.new_zeros(x.shape[0], state.prefix), bias), 1).to(x.dtype)
+            bias = F.pad(bias, (state.prefix, 0)).to(x.dtype)
         has_class = self.family.has_class(model)
         return BlockContext(
             self.adapter, model.blocks[index], index, len(model.blocks), has_class, x, state, rope, bias
@@ -248,9 +249,8 @@ class Reducer(nn.Module):
         step = method.reduce(ctx, remove)
         if step is None:
             return None
-        assignment, patches, size = step
-        state = ctx.state.after(assignment, ctx.x, size)
-        return torch.cat((ctx.tokens[:, : state.prefix], patches), 1), state
+        assignment, tokens, size = step
+        return tokens, ctx.state.after(assignment, ctx.x, size)
 
 
 class Reduced:

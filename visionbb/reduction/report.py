@@ -16,8 +16,8 @@ class ReductionReport:
 
     Attributes:
         tokens: (in attention, in the MLP) of each block, patch tokens of an image without prefix tokens.
-        gmacs: of an image, in closed form. What MCTF looks ahead is counted in; matching and merging, a per cent at
-            most, are not.
+        gmacs: of an image, in closed form. What MCTF looks ahead and DynamicViT's predictors are counted in; matching
+            and merging, a per cent at most, are not.
         plain_gmacs: of the model without reduction.
         source: (B, N) int64, which of the n tokens at the end each patch is in; -1 for those that were dropped.
         size: (B, n), the patches in each token at the end.
@@ -71,7 +71,7 @@ class Reduction:
         members = source[:, None] == torch.arange(n, device=x.device)[:, None]
         return ReductionReport(
             tokens=tuple(tokens),
-            gmacs=cost.macs(tokens, self.method.ahead) / 1e9,
+            gmacs=cost.macs(tokens, self.method) / 1e9,
             plain_gmacs=cost.macs([(patches, patches)] * depth) / 1e9,
             source=source,
             size=members.sum(-1),

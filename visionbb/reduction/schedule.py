@@ -19,6 +19,11 @@ def removed(entry: int | float, n: int, limit: int) -> int:
     return min(wanted, limit)
 
 
+def reduces(entry: int | float) -> bool:
+    """Whether a block with this entry is meant to remove any."""
+    return entry < 1 if isinstance(entry, float) else entry > 0
+
+
 def constant_r(r: int | tuple[int, float] | Sequence[int] | Mapping[int, int], method: Method, depth: int) -> Schedule:
     """The schedule of an `r` as `reduce_tokens` takes it."""
     blocks = list(method.blocks(depth))
@@ -98,22 +103,21 @@ class Cost(NamedTuple):
             prefix=prefix,
         )
 
-    def macs(self, counts: Sequence[tuple[int, int]], ahead: bool = False) -> int:
+    def macs(self, counts: Sequence[tuple[int, int]], method: Method | None = None) -> int:
         """Of a pass whose blocks have these (tokens in attention, tokens in the MLP), prefix tokens not counted in.
 
         Args:
-            ahead: a block that has less tokens in attention than it gets has projected those to q, k and v, and
-                multiplied q and k, once more.
+            method: what reduces them, with multiply-adds of its own; None to leave those out.
         """
         total = self.patch * self.patches + self.head
-        m = self.patches + self.prefix
+        before = self.patches
         for attention, mlp, pair, (n, n_mlp) in zip(self.attention, self.mlp, self.pair, counts, strict=True):
-            n = n + self.prefix
-            if ahead and n < m:
-                total += m * attention * 3 // 4 + m * m * pair // 2
-            m = n_mlp + self.prefix
-            total += n * attention + n * n * pair + m * mlp
-        return total + m * self.head_token
+            if method is not None and n_mlp < before:
+                total += method.step_macs(before, n_mlp, self.prefix, attention, pair)
+            before = n_mlp
+            n, n_mlp = n + self.prefix, n_mlp + self.prefix
+            total += n * attention + n * n * pair + n_mlp * mlp
+        return total + (before + self.prefix) * self.head_token
 
 
 def _weights(module: nn.Module) -> int:
@@ -147,7 +151,7 @@ def budget(target_gmacs: float, cost: Cost, method: Method, depth: int) -> Sched
         return constant_r({b: int((i + 1) * r) - int(i * r) for i, b in enumerate(blocks)}, method, depth)
 
     def gmacs(effort: float) -> float:
-        return cost.macs(counts(schedule(effort), method, cost.patches), method.ahead) / 1e9
+        return cost.macs(counts(schedule(effort), method, cost.patches), method) / 1e9
 
     low, high = 0.0, 1 - 1 / cost.patches
     if not gmacs(high) <= target_gmacs < gmacs(low):

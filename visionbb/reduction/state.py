@@ -75,6 +75,12 @@ class TokenState(NamedTuple):
         return torch.cat((prefix, token_unmerge(patches, self.source)), 1)
 
 
+def behind_prefix(places: torch.Tensor, prefix: int) -> torch.Tensor:
+    """Places (B, m) among patch tokens to places (B, prefix + m) among all, of which those of the prefix are first."""
+    first = torch.arange(prefix, device=places.device).expand(places.shape[0], -1)
+    return torch.cat((first, places + prefix), 1)
+
+
 def gather_tokens(x: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """x (B, n, C) at index (B, m)."""
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[-1]))

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 
 from .context import BlockContext
-from .method import merge_mean, merge_sizes
-from .state import Assignment, gather_tokens
+from .method import keep_tokens, merge_mean, merge_sizes
+from .state import Assignment
 from .tome import ToMe
 
 
@@ -27,9 +27,10 @@ class ToFu(ToMe, name="tofu"):
 
     def fuse(self, ctx: BlockContext, assignment: Assignment) -> tuple[torch.Tensor, torch.Tensor]:
         if ctx.index < (ctx.depth // 2 if self.prune_blocks is None else self.prune_blocks):
-            return gather_tokens(ctx.x, assignment.place), merge_sizes(ctx.state.size, assignment)
+            return keep_tokens(ctx, assignment)[0], merge_sizes(ctx.state.size, assignment)
         mean, size = merge_mean(ctx, assignment)
-        return mlerp(mean, ctx.x, assignment), size
+        prefix = ctx.state.prefix
+        return torch.cat((mean[:, :prefix], mlerp(mean[:, prefix:], ctx.x, assignment)), 1), size
 
 
 def mlerp(mean: torch.Tensor, x: torch.Tensor, assignment: Assignment) -> torch.Tensor:

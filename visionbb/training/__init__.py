@@ -4,8 +4,16 @@ from .digits import Digits
 from .engine import evaluate, predictions, train, train_one_epoch
 from .report import write_report
 from .run import Run, prepare
-from .tasks import TASKS, AttentionDistillation, Classification, RecordedTask, ReductionBudget, ReductionConsistency
+from .tasks import (
+    TASKS,
+    AttentionDistillation,
+    Classification,
+    RecordedTask,
+    ReductionBudget,
+    ReductionConsistency,
+    ReductionDistillation,
+)
 
 __all__ = ["TASKS", "AttentionDistillation", "Classification", "ConfigError", "Digits", "RecordedTask",
-           "ReductionBudget", "ReductionConsistency", "Run", "TrainConfig", "evaluate", "parse_config", "predictions",
-           "prepare", "train", "train_one_epoch", "write_report"]
+           "ReductionBudget", "ReductionConsistency", "ReductionDistillation", "Run", "TrainConfig", "evaluate",
+           "parse_config", "predictions", "prepare", "train", "train_one_epoch", "write_report"]

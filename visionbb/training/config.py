@@ -53,9 +53,10 @@ class TrainConfig:
     # Task
     task: str = _option("classification", "what is learnt: classes; a teacher's attention maps (Hedgehog), which turns "
                         "the teacher into the model: a ViT with linear attention; classes from few tokens and from "
-                        "more, which must agree (MCTF); or classes and how many tokens they need (AS-ViT)",
+                        "more, which must agree (MCTF); classes and how many tokens they need (AS-ViT); or classes "
+                        "and which tokens they need, with a teacher that sees all (DynamicViT)",
                         choices=("classification", "attention_distillation", "reduction_consistency",
-                                 "reduction_budget"))
+                                 "reduction_budget", "reduction_distillation"))
     kd_model_name: str | None = _option(None, "model name of the teacher, which sees the same images")
     kd_model_kwargs: dict = _option({}, "further constructor arguments of the teacher, key=value ...")
     kd_pretrained_path: str | None = _option(None, "weights of the teacher in a file; default: its pretrained weights")
@@ -64,6 +65,10 @@ class TrainConfig:
                                             "reduction_consistency; default: less than the other pass", low=1)
     budget_gmacs: float | None = _option(None, "1e9 multiply-adds an image that task reduction_budget aims at", low=0)
     budget_weight: float = _option(2.0, "weight of missing budget_gmacs, in the same unit", low=0)
+    ratio_weight: float = _option(2.0, "weight of missing the schedule's shares of tokens, in task "
+                                  "reduction_distillation", low=0)
+    distill_weight: float = _option(0.5, "weight of the distances from the teacher's logits and tokens, in task "
+                                    "reduction_distillation", low=0)
 
     # Model
     model: str = _option("nat_tiny", "model name, any of timm.list_models() or a hub name (hf-hub:...)")
@@ -182,13 +187,15 @@ class TrainConfig:
         if (self.budget_gmacs is None) == (self.task == "reduction_budget"):
             raise ConfigError(f"budget_gmacs must be set with task 'reduction_budget' and no other, "
                               f"got {self.budget_gmacs} with task {self.task!r}")
-        if self.task == "attention_distillation":
-            if self.kd_model_name is None:
-                raise ConfigError(f"kd_model_name must name the teacher of task {self.task!r}")
-            given, reason = ("pretrained", "initial_checkpoint"), "gives the model the teacher's weights"
-        else:
-            given, reason = ("kd_model_name", "kd_model_kwargs", "kd_pretrained_path"), "has no teacher"
-        for name in given:
+        taught = self.task.endswith("_distillation")
+        if taught and self.kd_model_name is None:
+            raise ConfigError(f"kd_model_name must name the teacher of task {self.task!r}")
+        unwanted, reason = (), ""
+        if self.inherits:
+            unwanted, reason = ("pretrained", "initial_checkpoint"), "gives the model the teacher's weights"
+        elif not taught:
+            unwanted, reason = ("kd_model_name", "kd_model_kwargs", "kd_pretrained_path"), "has no teacher"
+        for name in unwanted:
             if getattr(self, name):
                 raise ConfigError(f"{name} must be unset with task {self.task!r}, which {reason}; "
                                   f"got {getattr(self, name)!r}")
@@ -199,9 +206,14 @@ class TrainConfig:
         return self.mixup > 0 or self.cutmix > 0
 
     @property
+    def inherits(self) -> bool:
+        """Whether the model starts from its teacher's weights."""
+        return self.task == "attention_distillation"
+
+    @property
     def starts_trained(self) -> bool:
         """Whether the weights at the start come from another training, so that their accuracy is of interest."""
-        return bool(self.pretrained or self.initial_checkpoint or self.kd_model_name)
+        return bool(self.pretrained or self.initial_checkpoint or self.inherits)
 
     def save(self, path: Path) -> None:
         """Write every option as YAML; the file is itself a recipe for `--config`."""

@@ -66,7 +66,8 @@ def exporting() -> bool:
 
 
 def eager_inference(*tensors: torch.Tensor | None) -> bool:
-    """Whether nothing but the result matters: no graph is recorded, no gradient wanted, no mode or transform watches.
+    """Whether nothing but the result matters: no graph is recorded, no gradient wanted, no mode or transform watches, and
+    there are numbers to compute with.
 
     There an op may run without PyTorch's dispatcher (some 60 us a call for ops written in Python), or by functions that
     know nothing of all these.
@@ -75,7 +76,7 @@ def eager_inference(*tensors: torch.Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or exporting()
-        or (torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors))
+        or any(t is not None and (t.is_meta or (t.requires_grad and torch.is_grad_enabled())) for t in tensors)
         or torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors
         or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp
         or torch.autograd.forward_ad._current_level >= 0

@@ -54,7 +54,7 @@ def attention_column_mean(
     scale = q.shape[-1] ** -0.5 if scale is None else float(scale)
     if reference_chosen() or exporting():
         return reference.attention_column_mean(q, k, key_bias, weight, scale)
-    op = _column_mean if eager_inference() else torch.ops.visionbb.attention_column_mean
+    op = _column_mean if eager_inference(q) else torch.ops.visionbb.attention_column_mean
     return op(q, k, key_bias, weight, scale)
 
 

@@ -59,7 +59,7 @@ def token_match(
         dst_weight = dst_weight.detach()
     if reference_chosen() or exporting():
         return reference.token_match(src, dst, dst_weight, dst_mask, affinity)
-    op = _match if eager_inference() else torch.ops.visionbb.token_match
+    op = _match if eager_inference(src) else torch.ops.visionbb.token_match
     return op(src, dst, dst_weight, dst_mask, affinity)
 
 

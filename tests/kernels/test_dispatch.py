@@ -98,6 +98,7 @@ def test_what_counts_as_plain_inference():
     assert _dispatch.eager_inference()
     assert _dispatch.eager_inference(x.detach(), None)
     assert not _dispatch.eager_inference(None, x)
+    assert not _dispatch.eager_inference(x.detach().to("meta"))
     with dual_level():
         assert not _dispatch.eager_inference()
     seen = []

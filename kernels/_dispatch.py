@@ -66,8 +66,9 @@ def exporting() -> bool:
 
 
 def eager_inference(*tensors: torch.Tensor | None) -> bool:
-    """Whether nothing but the result matters: no graph is recorded, no gradient wanted, no mode or transform watches, and
-    there are numbers to compute with.
+    """Whether nothing but the result matters: no graph is recorded, no gradient wanted, no mode or transform watches.
+
+    Meta tensors, which have no numbers to compute with, do not count.
 
     There an op may run without PyTorch's dispatcher (some 60 us a call for ops written in Python), or by functions that
     know nothing of all these.

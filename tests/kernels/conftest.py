@@ -15,7 +15,8 @@ import pytest
 def run_interpreted():
     def run(path: str) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_")} | {"TRITON_INTERPRET": "1"}
-        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=", "-p", "no:cacheprovider", path]
+        command = [sys.executable, "-m", "pytest", "-q", "-o", "addopts=--import-mode=importlib",
+                   "-p", "no:cacheprovider", path]
         run = subprocess.run(command, env=environment, capture_output=True, text=True)
         assert run.returncode == 0, run.stdout[-8000:] + run.stderr[-2000:]
         assert "passed" in run.stdout

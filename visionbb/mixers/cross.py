@@ -67,8 +67,8 @@ class BidirectionalCrossAttention(CrossAttention):
     ):
         dd = {"device": device, "dtype": dtype}
         super().__init__(dim, num_heads, qkv_bias, proj_drop, **dd)
-        self.v_back = nn.Linear(dim, dim, bias=qkv_bias, **dd)
-        self.proj_back = nn.Linear(dim, dim, **dd)
+        self.v_back = Linear(dim, dim, bias=qkv_bias, **dd)
+        self.proj_back = Linear(dim, dim, **dd)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.gather(x, y)[0]

@@ -14,9 +14,9 @@ import torch.nn.functional as F
 
 from ..kernels import token_match
 from .context import BlockContext
-from .matching import alternating, pad
+from .matching import alternating, pad, places_of
 from .method import Method
-from .state import Assignment, gather_tokens
+from .state import Assignment
 
 
 class ALGM(Method, name="algm"):
@@ -80,13 +80,12 @@ def similar_windows(x: torch.Tensor, grid: tuple[int, int], threshold: float) ->
 
 def similar_pairs(x: torch.Tensor, real: torch.Tensor, first: int, layer: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Where the tokens (B, n, C) go, and which stay; `real` (B, n) are not padding, `first` is as in `alternating`."""
-    src, dst = alternating(x, first)
-    score, target = token_match(gather_tokens(x, src), gather_tokens(x, dst), dst_mask=real.gather(1, dst))
-    taking = real.gather(1, src)
+    places = places_of(x)
+    (near, far), (taking, mask), (src, dst) = (alternating(each, first) for each in (x, real, places))
+    score, target = token_match(near, far, dst_mask=mask)
     count = taking.sum(1, keepdim=True)
     mean = (score.masked_fill(~taking, 0).sum(1, keepdim=True)) / count
     variance = (score - mean).square().masked_fill(~taking, 0).sum(1, keepdim=True) / (count - 1)
     going = taking & (score >= mean + variance.sqrt() / layer)  # none of a single one, whose deviation is NaN
     into = torch.where(going, dst.gather(1, target), src)
-    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
     return places.scatter(1, src, into), real.scatter(1, src, taking & ~going)

@@ -4,35 +4,43 @@ from __future__ import annotations
 import torch
 
 from ..kernels import token_match
-from .state import Assignment, gather_tokens
+from .state import Assignment
+
+
+def places_of(x: torch.Tensor) -> torch.Tensor:
+    """The places (B, n) of tokens (B, n, ...): 0, 1, ... n - 1."""
+    return torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
 
 
 def alternating(x: torch.Tensor, first: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Places (B, n // 2) of every second of the tokens (B, n, D) from `first` (0 or 1) on, and those of the others."""
-    B, n, _ = x.shape
-    places = torch.arange(n, device=x.device).expand(B, -1)
-    return places[:, first::2], places[:, 1 - first :: 2]
+    """Of (B, n, ...), tokens or what belongs to each, every second from `first` (0 or 1) on, and the others."""
+    return x[:, first::2], x[:, 1 - first :: 2]
 
 
 def bipartite(
-    features: torch.Tensor, src: torch.Tensor, dst: torch.Tensor, remove: int, rest: torch.Tensor | None = None
+    near: torch.Tensor,
+    far: torch.Tensor,
+    src: torch.Tensor,
+    dst: torch.Tensor,
+    remove: int,
+    rest: torch.Tensor | None = None,
 ) -> Assignment:
     """Sends `remove` of the sources each into its most similar destination: those with the largest similarity.
 
     Tokens that stay come in this order: sources, the rest, destinations (ToMe, arXiv 2210.09461, section 3.1).
 
     Args:
-        features: (B, n, D), compared by their cosine.
-        src, dst: places (B, n_src) and (B, n_dst) in [0, n) of the two sides of the graph.
+        near, far: features (B, n_src, D) and (B, n_dst, D) of the two sides of the graph, compared by their cosine.
+        src, dst: their places (B, n_src) and (B, n_dst) among all tokens.
         rest: places of the tokens that take no part; None where all do.
     """
-    score, target = token_match(gather_tokens(features, src).detach(), gather_tokens(features, dst).detach())
+    score, target = token_match(near.detach(), far.detach())
     order = score.argsort(dim=1, descending=True)
     merged, kept = order[:, :remove], order[:, remove:].sort(1).values
     staying = [src.gather(1, kept), dst] if rest is None else [src.gather(1, kept), rest, dst]
     place = torch.cat(staying, 1)
     new = torch.arange(place.shape[1], device=place.device).expand_as(place)
-    index = torch.zeros(features.shape[:2], dtype=torch.long, device=place.device).scatter(1, place, new)
+    index = place.new_zeros(place.shape[0], place.shape[1] + remove).scatter(1, place, new)
     into = target.gather(1, merged) + (place.shape[1] - dst.shape[1])  # destinations come last
     return Assignment(index.scatter(1, src.gather(1, merged), into), place)
 

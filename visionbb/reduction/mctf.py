@@ -13,9 +13,9 @@ import torch.nn.functional as F
 
 from ..kernels import token_match, token_merge
 from .context import BlockContext
-from .matching import alternating
+from .matching import alternating, places_of
 from .method import Method, merge_mean
-from .state import Assignment, behind_prefix, gather_tokens
+from .state import Assignment, behind_prefix
 
 ATTENTION = ("precise", "approximate")
 
@@ -102,10 +102,10 @@ def bidirectional(x: torch.Tensor, factor: torch.Tensor, remove: int, first: int
     go finds its destinations among those of the first side that are left. Tokens that stay come in the order of
     `matching.bipartite`.
     """
-    places = torch.arange(x.shape[1], device=x.device).expand(x.shape[:2])
-    near_side, far_side = alternating(x, first)
-    near, far = gather_tokens(x, near_side), gather_tokens(x, far_side)
-    near_factor, far_factor = factor.gather(1, near_side), factor.gather(1, far_side)
+    places = places_of(x)
+    (near, far), (near_factor, far_factor), (near_side, far_side) = (
+        alternating(each, first) for each in (x, factor, places)
+    )
 
     score, target = token_match(near, far, dst_weight=far_factor, affinity="shifted")
     order = (score * near_factor).argsort(dim=1, descending=True)

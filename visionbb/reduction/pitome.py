@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 
 from .context import BlockContext
-from .matching import bipartite
-from .state import Assignment
+from .matching import alternating, bipartite
+from .state import Assignment, gather_tokens
 from .tome import ToMe
 
 
@@ -34,9 +34,10 @@ class PiToMe(ToMe, name="pitome"):
         keys = ctx.keys().detach()
         order = energy(keys, self.margin * (1 - ctx.index / ctx.depth)).argsort(dim=1, descending=True)
         if ctx.index < ctx.depth // 2:
-            return bipartite(keys, order[:, ::2], order[:, 1::2], remove)
-        plenty, rare = order[:, : 2 * remove], order[:, 2 * remove :].sort(1).values
-        return bipartite(keys, plenty[:, ::2], plenty[:, 1::2], remove, rest=rare)
+            plenty, rare = order, None
+        else:
+            plenty, rare = order[:, : 2 * remove], order[:, 2 * remove :].sort(1).values
+        return bipartite(*alternating(gather_tokens(keys, plenty), 0), *alternating(plenty, 0), remove, rest=rare)
 
 
 def energy(features: torch.Tensor, margin: float) -> torch.Tensor:

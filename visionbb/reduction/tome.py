@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 
 from .context import BlockContext
-from .matching import alternating, bipartite
+from .matching import alternating, bipartite, places_of
 from .method import Method
 from .state import Assignment
 
@@ -33,5 +33,5 @@ class ToMe(Method, name="tome"):
         return super().key_bias(size) if self.proportional else None
 
     def match(self, ctx: BlockContext, remove: int) -> Assignment:
-        keys = ctx.keys()
-        return bipartite(keys, *alternating(keys, first=ctx.state.prefix % 2), remove)
+        keys, first = ctx.keys(), ctx.state.prefix % 2
+        return bipartite(*alternating(keys, first), *alternating(places_of(keys), first), remove)

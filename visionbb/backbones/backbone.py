@@ -4,7 +4,8 @@ A backbone is stem -> units -> norm -> head, where the units are the stages of a
 `Columnar`. Tokens are (B, H, W, C) from the stem to the head.
 """
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
 from timm.layers import ClassifierHead, calculate_drop_path_rates, get_device_dtype, trunc_normal_
@@ -202,6 +203,13 @@ def drop_path_rates(rate: float, depths: Sequence[int]) -> list[list[float]]:
     """Linearly from 0 at the first block to `rate` at the last, split into stages."""
     flat = calculate_drop_path_rates(rate, sum(depths))
     return [flat[sum(depths[:i]) : sum(depths[: i + 1])] for i in range(len(depths))]
+
+
+def renamed(key: str, renames: Iterable[tuple[str, str | Callable[[re.Match], str]]]) -> str:
+    """A checkpoint's key after `re.sub` by each pair of pattern and replacement, in order."""
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
+    return key
 
 
 def keep_native(state_dict: Mapping) -> tuple[dict, bool]:

@@ -5,10 +5,25 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import timm
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.models import build_model_with_cfg, register_model, resolve_pretrained_cfg
 from torch import nn
 
 from ..backbones import Backbone, FeatureMaps
+
+
+def imagenet_cfg(url: str = "", **kwargs) -> dict[str, Any]:
+    """A pretrained cfg of timm for what most papers do: 1,000 classes, 224 pixels, a pyramid of stride 32.
+
+    Args:
+        url: of the weights; "" where there are none, or none with a direct link.
+        kwargs: `first_conv`, `license`, `paper_ids`, `origin_url`, and what else is not as most do it.
+    """
+    return {
+        "url": url, "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
+        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "classifier": "head.fc",
+        **kwargs,
+    }
 
 
 def create_from(model_cls: type[Backbone]) -> Callable[..., nn.Module]:

@@ -16,17 +16,16 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm, SelectAdaptivePool2d
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import PatchConv, Pyramid, keep_native
+from ..backbones import PatchConv, Pyramid, keep_native, renamed
 from ..backbones.block import InplaceGELU, Residual
 from ..backbones.layers import init_convs
 from ..mixers import DepthwiseConv, LinearAttention
 from ..mixers.linear import Linear
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 
@@ -51,8 +50,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     ]
     out = {}
     for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         out[key] = value.flatten(1) if re.search(r"\.(qkv|fc[12])\.weight$", key) else value
     return out
 
@@ -305,12 +303,10 @@ VARIANTS = {
 
 # The authors offer the weights in a shared folder without direct links.
 default_cfgs = generate_default_cfgs({
-    f"{name}.in1k": {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj", "classifier": ("head.fc.0.fc", "head.fc.1.fc"), "paper_ids": "arXiv:2411.16170",
-        "origin_url": "https://github.com/zhouyuan888888/CARE-Transformer",
-    }
+    f"{name}.in1k": imagenet_cfg(
+        first_conv="stem.proj", classifier=("head.fc.0.fc", "head.fc.1.fc"), paper_ids="arXiv:2411.16170",
+        origin_url="https://github.com/zhouyuan888888/CARE-Transformer",
+    )
     for name in VARIANTS
 })
 

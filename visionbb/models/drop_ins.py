@@ -17,16 +17,15 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, resample_abs_pos_embed_nhwc, to_2tuple
 from timm.models import VisionTransformer, generate_default_cfgs
 from timm.models.vision_transformer import Block as ViTBlock
 from torch import nn
 
-from ..backbones import ClassTokenStem, TokenBlock, TokenColumnar, fold_class_position, keep_native
+from ..backbones import ClassTokenStem, TokenBlock, TokenColumnar, fold_class_position, keep_native, renamed
 from ..mixers import AgentAttention, GaussianAttention, LinearAttention, SoftmaxAttention
 from ..mixers.landmarks import resized
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 
@@ -84,8 +83,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
             (r"^patch_embed\.", "stem.patch_embed."), (r"^head\.", "head.fc."), (r"\.attn\.", ".mixer."),
             (r"\.dwc\.", ".local."),
         ]
-        for pattern, name in renames:
-            state_dict = {re.sub(pattern, name, key): value for key, value in state_dict.items()}
+        state_dict = {renamed(key, renames): value for key, value in state_dict.items()}
     for key, table in model.named_parameters():
         if key in state_dict and key.endswith(("pos_embed", "key_pos")):
             state_dict[key] = resample_abs_pos_embed_nhwc(state_dict[key], table.shape[1:3])
@@ -284,11 +282,9 @@ _AGENT_DEIT = dict(tiny="57e0904221824ee7b7af", small="fdd43304372541db8ea7", ba
 
 
 def _cfg(url: str = "") -> dict[str, Any]:
-    return {
-        "url": url, "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.patch_embed.proj", "classifier": "head.fc", "paper_ids": "arXiv:2012.12877",
-    }
+    return imagenet_cfg(
+        url, pool_size=None, crop_pct=0.9, first_conv="stem.patch_embed.proj", paper_ids="arXiv:2012.12877",
+    )
 
 
 default_cfgs = generate_default_cfgs({

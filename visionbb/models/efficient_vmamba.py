@@ -10,23 +10,21 @@ skip. Global mixing pays where maps are large: the last two stages are MobileNet
 Differences to the authors' code: downsampling stands at the start of a stage; the stem pads images to whole patches,
 where theirs cuts off what is left.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm
 from timm.models import generate_default_cfgs
 from timm.models._efficientnet_blocks import InvertedResidual, SqueezeExcite
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from ..backbones import Pyramid, keep_native
+from ..backbones import Pyramid, keep_native, renamed
 from ..backbones.layers import PointwiseConv
 from ..mixers import SS2D, ChannelAttention, DepthwiseConv
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 from .vmamba import PatchStem
 from .vmamba import checkpoint_filter_fn as vmamba_filter_fn
 
@@ -57,8 +55,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     out = {}
     for key, value in state_dict.items():
         key = key.removeprefix("module.")  # wrapped twice
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         out[key] = value
     return vmamba_filter_fn(out, model)
 
@@ -172,12 +169,9 @@ VARIANTS = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"{variant}.in1k": {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1", "classifier": "head.fc", "paper_ids": "arXiv:2403.09977",
-        "origin_url": "https://github.com/TerryPei/EfficientVMamba",
-    }
+    f"{variant}.in1k": imagenet_cfg(
+        first_conv="stem.conv1", paper_ids="arXiv:2403.09977", origin_url="https://github.com/TerryPei/EfficientVMamba",
+    )
     for variant in VARIANTS
 })
 

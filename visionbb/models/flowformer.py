@@ -8,20 +8,18 @@ scale on the MLP alone.
 
 Differences to the authors' code: the position embedding is resampled, so that any image will do.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Block, PatchConv, PositionEmbed, Pyramid, keep_native
+from ..backbones import Block, PatchConv, PositionEmbed, Pyramid, keep_native, renamed
 from ..backbones.block import Residual
 from ..mixers import LinearAttention
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 
@@ -44,8 +42,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     for key, value in state_dict.items():
         if key.endswith(("total_ops", "total_params")):
             continue  # an operation counter's
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         out[key] = value
     if "stem.pos_embed.weight" in out:
         out["stem.pos_embed.weight"] = model.stem.pos_embed.resampled(out["stem.pos_embed.weight"])
@@ -140,12 +137,10 @@ VARIANTS = {"flowformer_19l": dict(dims=(96, 192, 384, 768), depths=(3, 3, 10, 3
 
 # The authors offer the weights in a shared folder without direct links.
 default_cfgs = generate_default_cfgs({
-    "flowformer_19l.in1k": {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj", "classifier": "head.fc", "license": "mit", "paper_ids": "arXiv:2202.06258",
-        "origin_url": "https://github.com/thuml/Flowformer",
-    },
+    "flowformer_19l.in1k": imagenet_cfg(
+        first_conv="stem.proj", license="mit", paper_ids="arXiv:2202.06258",
+        origin_url="https://github.com/thuml/Flowformer",
+    ),
 })
 
 register_variants(__name__, VARIANTS, create_from(Flowformer))

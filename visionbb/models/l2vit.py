@@ -8,21 +8,19 @@ than those of a softmax; the local concentration module after it draws them toge
 
 Differences to the authors' code: downsampling stands at the start of a stage.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Block, Pyramid, keep_native
+from ..backbones import Block, Pyramid, keep_native, renamed
 from ..backbones.layers import conv_norm_acts, init_convs
 from ..mixers import DepthwiseConv, LinearAttention, WindowAttention
 from ..mixers.window import pad_map
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -46,8 +44,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     ]
     out = {}
     for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         out[key] = value.flatten(1) if key.endswith(".temperature") else value
     return out
 
@@ -174,13 +171,10 @@ TAG_ARGS = {"l2vit_base.in22k_in1k_384": dict(window_size=12)}
 
 
 def _cfg(file: str, **kwargs):
-    return {
-        "url": f"https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0/L2ViT-{file}.pth",
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj.0", "classifier": "head.fc", "license": "mit", "paper_ids": "arXiv:2501.16182",
-        "origin_url": "https://github.com/ChuanyangZheng/L2ViT", **kwargs,
-    }
+    return imagenet_cfg(
+        f"https://github.com/ChuanyangZheng/L2ViT/releases/download/v1.0/L2ViT-{file}.pth", first_conv="stem.proj.0",
+        license="mit", paper_ids="arXiv:2501.16182", origin_url="https://github.com/ChuanyangZheng/L2ViT", **kwargs,
+    )
 
 
 default_cfgs = generate_default_cfgs({

@@ -14,7 +14,6 @@ training, as theirs are where the image size is given, but not resampled as tabl
 with biases of zero); columns are right for maps that are not square, too.
 """
 import math
-import re
 from collections.abc import Sequence
 
 import torch
@@ -32,6 +31,7 @@ from ..backbones import (
     TokenMixerBlock,
     fold_class_position,
     keep_native,
+    renamed,
 )
 from ..mixers import LocalMamba
 from ._registry import create_from, register_variants
@@ -72,8 +72,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     for key, value in state_dict.items():
         if key.startswith("rope."):
             continue  # computed from the size of the map
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         out[key] = value
     return out
 

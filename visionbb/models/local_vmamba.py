@@ -14,7 +14,6 @@ where theirs cuts off what is left; columns are right for maps that are not squa
 from collections.abc import Sequence
 from functools import partial
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import PatchMerging
@@ -22,7 +21,7 @@ from torch import nn
 
 from ..backbones import MixerBlock, Pyramid
 from ..mixers import SS2D
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 from .vmamba import PatchStem
 from .vmamba import checkpoint_filter_fn as vmamba_filter_fn
 
@@ -143,14 +142,12 @@ VARIANTS = {
 _FILES = {"local_vmamba_tiny": None, "local_vmamba_small": "local_vssm_small"}
 
 
-def cfg(file: str | None, **kwargs):
-    return {
-        "url": f"https://github.com/hunto/LocalMamba/releases/download/v1.0.0/{file}.ckpt" if file else "",
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1", "classifier": "head.fc", "license": "apache-2.0", "paper_ids": "arXiv:2403.09338",
-        "origin_url": "https://github.com/hunto/LocalMamba", **kwargs,
-    }
+def cfg(file: str | None, first_conv: str = "stem.conv1", **kwargs):
+    return imagenet_cfg(
+        f"https://github.com/hunto/LocalMamba/releases/download/v1.0.0/{file}.ckpt" if file else "",
+        first_conv=first_conv, license="apache-2.0", paper_ids="arXiv:2403.09338",
+        origin_url="https://github.com/hunto/LocalMamba", **kwargs,
+    )
 
 
 default_cfgs = generate_default_cfgs({f"{variant}.in1k": cfg(file) for variant, file in _FILES.items()})

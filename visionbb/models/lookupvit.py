@@ -18,7 +18,6 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm, PatchEmbed, get_device_dtype, to_2tuple
 from timm.models import checkpoint, generate_default_cfgs, register_notrace_module
 from torch import nn
@@ -26,7 +25,7 @@ from torch import nn
 from ..backbones import Backbone, Block, Columnar, PositionEmbed
 from ..backbones.layers import TokenMlp
 from ..mixers import BidirectionalCrossAttention, SoftmaxAttention
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 checkpoint_filter_fn = Backbone.checkpoint_filter_fn  # there are no checkpoints but ours
@@ -261,11 +260,7 @@ VARIANTS = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"{variant}.untrained": {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj", "classifier": "head.fc", "paper_ids": "arXiv:2407.12753",
-    }
+    f"{variant}.untrained": imagenet_cfg(pool_size=None, first_conv="stem.proj", paper_ids="arXiv:2407.12753")
     for variant in VARIANTS
 })
 

@@ -11,21 +11,19 @@ order that the paper's comparison of hybrids favours. Both work inside windows, 
 Differences to the authors' code: downsampling stands at the start of a stage; their time steps have their bias twice,
 before and in the scan, ours once, so that checkpoints load with the biases doubled.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Block, Pyramid, Stage, keep_native
+from ..backbones import Block, Pyramid, Stage, keep_native, renamed
 from ..mixers import MambaVisionMixer, SoftmaxAttention
 from ..mixers.window import from_windows, to_windows
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -53,8 +51,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     ]
     out = {}
     for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         out[key] = 2 * value if key.endswith(".dt_bias") else value
     return out
 
@@ -244,14 +241,11 @@ _FILES = {
 }
 
 default_cfgs = generate_default_cfgs({
-    tag: {
-        "url": f"https://huggingface.co/nvidia/{file}.pth.tar", "num_classes": 1000, "input_size": (3, size, size),
-        "pool_size": (size // 32, size // 32), "crop_pct": crop_pct,
-        "crop_mode": "squash" if size == 512 else "center", "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD, "first_conv": "stem.conv1", "classifier": "head.fc",
-        "license": "cc-by-nc-sa-4.0", "paper_ids": "arXiv:2407.08083",
-        "origin_url": "https://github.com/NVlabs/MambaVision",
-    }
+    tag: imagenet_cfg(
+        f"https://huggingface.co/nvidia/{file}.pth.tar", input_size=(3, size, size), pool_size=(size // 32, size // 32),
+        crop_pct=crop_pct, crop_mode="squash" if size == 512 else "center", first_conv="stem.conv1",
+        license="cc-by-nc-sa-4.0", paper_ids="arXiv:2407.08083", origin_url="https://github.com/NVlabs/MambaVision",
+    )
     for tag, (file, size, crop_pct) in _FILES.items()
 })
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import DropPath, LayerNorm
 from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import PatchMerging
@@ -23,7 +22,7 @@ from torch import nn
 from ..backbones import Pyramid
 from ..backbones.layers import PointwiseConv
 from ..mixers import SS2D, DepthwiseConv
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 from .vmamba import PatchStem
 from .vmamba import checkpoint_filter_fn as vmamba_filter_fn
 
@@ -127,12 +126,9 @@ VARIANTS = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"{variant}.untrained": {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1", "classifier": "head.fc", "paper_ids": "arXiv:2403.03849",
-        "origin_url": "https://github.com/YubiaoYue/MedMamba",
-    }
+    f"{variant}.untrained": imagenet_cfg(
+        first_conv="stem.conv1", paper_ids="arXiv:2403.03849", origin_url="https://github.com/YubiaoYue/MedMamba",
+    )
     for variant in VARIANTS
 })
 

@@ -10,22 +10,20 @@ convolutions. Without the gate there is no scan: tokens are mixed in parallel, a
 Differences to the authors' code: downsampling stands at the start of a stage; rotary angles follow the map, so that any
 image size works.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models import generate_default_cfgs, register_notrace_module
 from torch import nn
 
-from ..backbones import Block, Pyramid, keep_native
+from ..backbones import Block, Pyramid, keep_native, renamed
 from ..backbones.layers import PointwiseConv, conv_norm_acts, in_slabs
 from ..mixers import DepthwiseConv, LinearAttention
 from ..mixers.linear import Linear
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -61,8 +59,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     for key, value in state_dict.items():
         if key.endswith("rope.rotations"):
             continue  # computed from the size of the map
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         out[key] = value
     return out
 
@@ -207,12 +204,10 @@ _FILES = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"{variant}.in1k": {
-        "url": f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", "num_classes": 1000, "input_size": (3, 224, 224),
-        "pool_size": (7, 7), "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD, "first_conv": "stem.conv1.0", "classifier": "head.fc", "license": "mit",
-        "paper_ids": "arXiv:2405.16605", "origin_url": "https://github.com/LeapLabTHU/MLLA",
-    }
+    f"{variant}.in1k": imagenet_cfg(
+        f"https://cloud.tsinghua.edu.cn/f/{file}/?dl=1", first_conv="stem.conv1.0", license="mit",
+        paper_ids="arXiv:2405.16605", origin_url="https://github.com/LeapLabTHU/MLLA",
+    )
     for variant, file in _FILES.items()
 })
 

@@ -11,21 +11,19 @@ dilations belong to a run, not to the weights: they fill the map at the resoluti
 
 Differences to the authors' code: downsampling stands at the start of a stage; the head pools.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, PatchEmbed
 from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from ..backbones import Block, Pyramid, keep_native
+from ..backbones import Block, Pyramid, keep_native, renamed
 from ..mixers import NeighborhoodAttention
 from ..mixers.attention import resample_rpb
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -38,19 +36,18 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     state_dict = _from_transformers(state_dict)
     # Pyramids call a stage levels.{i} (DiNAT_s: layers.{i}.blocks), columns a block layers.{i}.
     column = not any(".blocks." in key for key in state_dict)
-    out = {}
-    for key, value in state_dict.items():
-        if key.endswith("relative_position_index"):
-            continue  # ViT-rpb: computed from the size of the map
-        key = re.sub(r"^patch_embed\.", "stem.", key)
-        if column:
-            key = re.sub(r"^layers\.(\d+)", r"blocks.\1", key)
-        key = re.sub(r"^(?:levels|layers)\.(\d+)\.blocks", r"stages.\1.blocks", key)
-        key = re.sub(r"^(?:levels|layers)\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample", key)
-        key = re.sub(r"\.attn\.", ".mixer.", key)
-        key = re.sub(r"\.gamma([12])$", r".ls\1.gamma", key)
-        key = re.sub(r"^head\.", "head.fc.", key)
-        out[key] = value
+    renames = [
+        (r"^patch_embed\.", "stem."),
+        *([(r"^layers\.(\d+)", r"blocks.\1")] if column else []),
+        (r"^(?:levels|layers)\.(\d+)\.blocks", r"stages.\1.blocks"),
+        (r"^(?:levels|layers)\.(\d+)\.downsample", lambda m: f"stages.{int(m[1]) + 1}.downsample"),
+        (r"\.attn\.", ".mixer."),
+        (r"\.gamma([12])$", r".ls\1.gamma"),
+        (r"^head\.", "head.fc."),
+    ]
+    # The index of ViT-rpb is computed from the size of the map.
+    kept = {key: value for key, value in state_dict.items() if not key.endswith("relative_position_index")}
+    out = {renamed(key, renames): value for key, value in kept.items()}
     wanted = model.state_dict()
     for key, value in out.items():
         if key.endswith(".rpb") and key in wanted:  # another kernel size, or ViT-rpb learned at another resolution
@@ -79,8 +76,7 @@ def _from_transformers(state_dict: dict) -> dict:
     ]
     out = {}
     for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         if key.endswith("layer_scale_parameters"):
             block = key.removesuffix("layer_scale_parameters")
             out[f"{block}gamma1"], out[f"{block}gamma2"] = value
@@ -244,15 +240,12 @@ TAG_ARGS = {
 }
 
 
-def cfg(file: str, paper: str, **kwargs):
-    return {
-        "url": f"https://shi-labs.com/projects/{file}" if file else "",
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7),
-        "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj.0", "classifier": "head.fc", "license": "mit", "paper_ids": f"arXiv:{paper}",
-        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+def cfg(file: str, paper: str, first_conv: str = "stem.proj.0", **kwargs):
+    return imagenet_cfg(
+        f"https://shi-labs.com/projects/{file}" if file else "", first_conv=first_conv, license="mit",
+        paper_ids=f"arXiv:{paper}", origin_url="https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
         **kwargs,
-    }
+    )
 
 
 def _nat_cfg(size: str):

@@ -11,20 +11,18 @@ The released models differ from the paper in two ways, which their weights are m
 alone, and take time steps, B and C in raster order (`permute="u"`; "all" is the paper's form). And the bias of the time
 steps is added twice; here `checkpoint_filter_fn` doubles it instead.
 """
-import re
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, to_2tuple
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Columnar, MixerBlock, PatchConv, PositionEmbed, keep_native
+from ..backbones import Columnar, MixerBlock, PatchConv, PositionEmbed, keep_native, renamed
 from ..backbones.layers import conv_norm_acts
 from ..mixers import DepthwiseConv, SnakeSS2D
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -52,8 +50,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         ]
         out = {}
         for key, value in state_dict.items():
-            for pattern, name in renames:
-                key = re.sub(pattern, name, key)
+            key = renamed(key, renames)
             out[key] = 2 * value if key.endswith(".dt_bias") else value
         state_dict = out
     if "pos_embed.weight" in state_dict:
@@ -161,13 +158,11 @@ VARIANTS = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"{variant}.in1k": {
-        "url": f"https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main/{variant.removeprefix('plainmamba_')}.pth",
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (14, 14), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.convs.0", "classifier": "head.fc", "license": "apache-2.0",
-        "paper_ids": "arXiv:2403.17695", "origin_url": "https://github.com/ChenhongyiYang/PlainMamba",
-    }
+    f"{variant}.in1k": imagenet_cfg(
+        f"https://huggingface.co/ChenhongyiYang/PlainMamba/resolve/main/{variant.removeprefix('plainmamba_')}.pth",
+        pool_size=(14, 14), first_conv="stem.convs.0", license="apache-2.0", paper_ids="arXiv:2403.17695",
+        origin_url="https://github.com/ChenhongyiYang/PlainMamba",
+    )
     for variant in VARIANTS
 })
 

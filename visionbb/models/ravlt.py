@@ -15,21 +15,19 @@ row of `ATTENTIONS`.
 
 Differences to the authors' code: downsampling stands at the start of a stage; 1x1 convolutions are linear layers.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, LayerNorm
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Block, Pyramid, keep_native
+from ..backbones import Block, Pyramid, keep_native, renamed
 from ..backbones.layers import conv_norm_acts, init_convs
 from ..mixers import LinearAttention, SoftmaxAttention
 from ..mixers.linear import Linear
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 
@@ -67,8 +65,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     for key, value in state_dict.items():
         if key.endswith("RoPE.angle") or key.startswith("extra_norms."):
             continue  # computed from the size of the map; norms of the detectors' feature maps
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         if key.endswith(".gamma"):
             value = value.flatten()
         elif value.ndim == 4 and value.shape[-1] == 1:
@@ -239,12 +236,9 @@ VARIANTS = {
 
 
 def _cfg(url: str, paper: str, origin: str, **kwargs):
-    return {
-        "url": url, "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj.0", "classifier": "head.fc", "paper_ids": f"arXiv:{paper}",
-        "origin_url": f"https://github.com/{origin}", **kwargs,
-    }
+    return imagenet_cfg(
+        url, first_conv="stem.proj.0", paper_ids=f"arXiv:{paper}", origin_url=f"https://github.com/{origin}", **kwargs,
+    )
 
 
 def _hub(family: str, size: str) -> str:

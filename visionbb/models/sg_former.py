@@ -11,22 +11,20 @@ and the cost stays a small fraction of that of full attention, which only the la
 Differences to the authors' code: any image size, where theirs takes 224 and few beside; downsampling, and the norm
 before it, stand at the start of a stage; keys are built once (see `SelfGuidedAttention`).
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, build_sincos2d_pos_embed
 from timm.models import generate_default_cfgs, register_notrace_module
 from torch import nn
 
-from ..backbones import Block, PositionEmbed, Pyramid, keep_native
+from ..backbones import Block, PositionEmbed, Pyramid, keep_native, renamed
 from ..backbones.backbone import drop_path_rates
 from ..backbones.block import ConvMlp, InplaceGELU
 from ..backbones.layers import PointwiseConv, in_slabs
 from ..mixers import DepthwiseConv, HybridScaleAttention, LocalSumAttention, SelfGuidedAttention
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 
@@ -64,11 +62,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         (r"\.attn\.", ".mixer."),
         (r"^head\.", "head.fc."),
     ]
-    out = {}
-    for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
-        out[key] = value
+    out = {renamed(key, renames): value for key, value in state_dict.items()}
     for key in [key for key in out if ".mixer.lepe_linear." in key]:
         mixer, _, kind = key.rpartition(".lepe_linear.")
         local, parts = out.pop(key), {}
@@ -287,12 +281,10 @@ VARIANTS = {
 
 # The authors offer the weights in a shared folder without direct links.
 default_cfgs = generate_default_cfgs({
-    f"{variant}.in1k": {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.9,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1", "classifier": "head.fc", "paper_ids": "arXiv:2308.12216",
-        "origin_url": "https://github.com/OliverRensu/SG-Former",
-    }
+    f"{variant}.in1k": imagenet_cfg(
+        crop_pct=0.9, first_conv="stem.conv1", paper_ids="arXiv:2308.12216",
+        origin_url="https://github.com/OliverRensu/SG-Former",
+    )
     for variant in VARIANTS
 })
 

@@ -10,21 +10,19 @@ images of 224, and a fourth of softmax attention with a class token, which is wh
 
 Differences to the authors' code: attention's inverse does not depend on the other images of a batch.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, trunc_normal_
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Block, PositionEmbed, Pyramid, keep_native
+from ..backbones import Block, PositionEmbed, Pyramid, keep_native, renamed
 from ..backbones.columnar import TokenHead
 from ..backbones.layers import TokenMlp, conv_norm_acts
 from ..mixers import GaussianAttention, SoftmaxAttention
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
 
@@ -51,11 +49,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         (r"\.attn\.", ".mixer."),
         (r"^head\.", "head.fc."),
     ]
-    out = {}
-    for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
-        out[key] = value
+    out = {renamed(key, renames): value for key, value in state_dict.items()}
     # Two projections in one: W_q and W_v of the kernel's stages, q and kv of the last.
     for first, second, joint in ((".W_q.", ".W_v.", ".qv."), (".mixer.q.", ".mixer.kv.", ".mixer.qkv.")):
         for key in [key for key in out if first in key]:
@@ -293,12 +287,10 @@ VARIANTS = {
 
 def _cfg(paper: str):
     # The authors share the weights without direct links.
-    return {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": None, "crop_pct": 0.9,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj.0", "classifier": "head.fc", "license": "mit", "paper_ids": f"arXiv:{paper}",
-        "origin_url": "https://github.com/fudan-zvg/SOFT",
-    }
+    return imagenet_cfg(
+        pool_size=None, crop_pct=0.9, first_conv="stem.proj.0", license="mit", paper_ids=f"arXiv:{paper}",
+        origin_url="https://github.com/fudan-zvg/SOFT",
+    )
 
 
 default_cfgs = generate_default_cfgs({

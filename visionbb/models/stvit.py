@@ -16,7 +16,6 @@ import math
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm, PatchEmbed, to_2tuple
 from timm.models import generate_default_cfgs, register_notrace_module
 from torch import nn
@@ -24,7 +23,7 @@ from torch import nn
 from ..backbones import Backbone, Block, Columnar, PositionEmbed
 from ..backbones.backbone import drop_path_rates
 from ..mixers import CrossAttention, SoftmaxAttention
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 from .stvit_r import CrossBlock, GenerateBlock, largest
 
 Norm = partial(LayerNorm, eps=1e-6)
@@ -150,11 +149,9 @@ VARIANTS = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"{variant}.untrained": {
-        "url": "", "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (4, 4), "crop_pct": 0.9,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj", "classifier": "head.fc", "paper_ids": "arXiv:2303.08685",
-    }
+    f"{variant}.untrained": imagenet_cfg(
+        pool_size=(4, 4), crop_pct=0.9, first_conv="stem.proj", paper_ids="arXiv:2303.08685",
+    )
     for variant in VARIANTS
 })
 

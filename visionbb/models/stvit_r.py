@@ -18,17 +18,16 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models import generate_default_cfgs, register_notrace_module
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from ..backbones import Block, Pyramid, keep_native
+from ..backbones import Block, Pyramid, keep_native, renamed
 from ..backbones.backbone import drop_path_rates
 from ..backbones.layers import conv_norm_acts
 from ..mixers import CrossAttention, PatchCrossAttention, ShiftedWindowAttention, SoftmaxAttention, WindowAttention
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -57,8 +56,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     for key, value in state_dict.items():
         if key.endswith(("relative_position_index", "attn_mask")):
             continue  # computed from the size of the map
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         if key.endswith(".rpb"):  # theirs are of query - key
             side = round(value.shape[0] ** 0.5)
             value = value.view(side, side, -1).permute(2, 0, 1).flip(1, 2)
@@ -260,13 +258,11 @@ VARIANTS = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"stvit_r_swin_{size}.in1k": {
-        "url": f"https://huggingface.co/csncsn/STViT-R/resolve/main/STViT-R-Swin-{size[0].upper()}.pth",
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.9,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj.0", "classifier": "head.fc", "license": "mit", "paper_ids": "arXiv:2303.08685",
-        "origin_url": "https://github.com/changsn/STViT-R",
-    }
+    f"stvit_r_swin_{size}.in1k": imagenet_cfg(
+        f"https://huggingface.co/csncsn/STViT-R/resolve/main/STViT-R-Swin-{size[0].upper()}.pth", crop_pct=0.9,
+        first_conv="stem.proj.0", license="mit", paper_ids="arXiv:2303.08685",
+        origin_url="https://github.com/changsn/STViT-R",
+    )
     for size in ("small", "base")
 })
 

@@ -14,17 +14,23 @@ scan from the last patch begins with time steps as Mamba's (theirs with biases o
 """
 import argparse
 import math
-import re
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import resample_abs_pos_embed_nhwc, to_2tuple
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import ClassTokenStem, StreamNorm, TokenColumnar, TokenMixerBlock, fold_class_position, keep_native
+from ..backbones import (
+    ClassTokenStem,
+    StreamNorm,
+    TokenColumnar,
+    TokenMixerBlock,
+    fold_class_position,
+    keep_native,
+    renamed,
+)
 from ..mixers import BidirectionalMamba
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 # The authors' files hold the command line of their training beside the weights.
 torch.serialization.add_safe_globals([argparse.Namespace])
@@ -54,8 +60,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
             (r"\.(x_proj|dt_proj)\.weight$", r".\1"),
             (r"\.dt_proj\.bias$", ".dt_bias"),
         ]
-        for pattern, name in renames:
-            state_dict = {re.sub(pattern, name, key): value for key, value in state_dict.items()}
+        state_dict = {renamed(key, renames): value for key, value in state_dict.items()}
     if "stem.pos_embed" in state_dict:
         size = model.stem.pos_embed.shape[1:3]
         learned = state_dict["stem.pos_embed"]
@@ -152,12 +157,10 @@ _FILES = {
 }
 
 default_cfgs = generate_default_cfgs({
-    f"{variant}.in1k": {
-        "url": f"https://huggingface.co/hustvl/{file}.pth", "num_classes": 1000, "input_size": (3, 224, 224),
-        "pool_size": None, "crop_pct": 0.875, "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD, "first_conv": "stem.patch_embed.proj", "classifier": "head.fc",
-        "license": "apache-2.0", "paper_ids": "arXiv:2401.09417", "origin_url": "https://github.com/hustvl/Vim",
-    }
+    f"{variant}.in1k": imagenet_cfg(
+        f"https://huggingface.co/hustvl/{file}.pth", pool_size=None, first_conv="stem.patch_embed.proj",
+        license="apache-2.0", paper_ids="arXiv:2401.09417", origin_url="https://github.com/hustvl/Vim",
+    )
     for variant, file in _FILES.items()
 })
 

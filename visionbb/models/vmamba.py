@@ -11,21 +11,19 @@ number, no gate, and an MLP for it, and is faster by the factor that the state i
 Differences to the authors' code: downsampling stands at the start of a stage; vanilla models pad images to whole
 patches, where theirs cut off what is left.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models import generate_default_cfgs
 from timm.models.swin_transformer import PatchMerging
 from torch import nn
 
-from ..backbones import Block, MixerBlock, PatchConv, Pyramid, keep_native
+from ..backbones import Block, MixerBlock, PatchConv, Pyramid, keep_native, renamed
 from ..mixers import SS2D
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -58,8 +56,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
     ]
     out = {}
     for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
+        key = renamed(key, renames)
         if key.endswith((".A_log", ".D", ".dt_bias")):  # routes and channels in one axis
             value = value.reshape(4, -1, *value.shape[1:] if key.endswith(".A_log") else ())
         elif key.endswith(("proj.weight", "fc1.weight", "fc2.weight", "reduction.weight")):
@@ -203,13 +200,10 @@ _FILES = {
 
 
 def cfg(file: str, **kwargs):
-    return {
-        "url": f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}.pth" if file else "",
-        "num_classes": 1000, "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.conv1", "classifier": "head.fc", "license": "mit", "paper_ids": "arXiv:2401.10166",
-        "origin_url": "https://github.com/MzeroMiko/VMamba", **kwargs,
-    }
+    return imagenet_cfg(
+        f"https://github.com/MzeroMiko/VMamba/releases/download/%23{file}.pth" if file else "", first_conv="stem.conv1",
+        license="mit", paper_ids="arXiv:2401.10166", origin_url="https://github.com/MzeroMiko/VMamba", **kwargs,
+    )
 
 
 default_cfgs = generate_default_cfgs({

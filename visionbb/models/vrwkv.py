@@ -12,20 +12,18 @@ Differences to the authors' code: the mean is that of the paper's formula, from 
 where it joins the parts of a sequence (logits move by at most 4e-5).
 """
 import math
-import re
 from functools import partial
 
 import torch
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import ClassifierHead, DropPath, LayerNorm, PatchEmbed, to_2tuple
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Columnar, PositionEmbed, keep_native
+from ..backbones import Columnar, PositionEmbed, keep_native, renamed
 from ..backbones.block import Residual
 from ..mixers import ChannelMix, SpatialMix
 from ..mixers.linear import Linear
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)
 
@@ -52,8 +50,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         ]
         out = {}
         for key, value in state_dict.items():
-            for pattern, name in renames:
-                key = re.sub(pattern, name, key)
+            key = renamed(key, renames)
             out[key] = value.flatten() if ".mix_" in key else value
         state_dict = out
     if "pos_embed.weight" in state_dict:
@@ -220,13 +217,11 @@ VARIANTS = {
 
 
 def _cfg(file: str, size: int, crop_pct: float) -> dict:
-    return {
-        "url": f"https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{file}.pth", "num_classes": 1000,
-        "input_size": (3, size, size), "pool_size": (size // 16, size // 16), "crop_pct": crop_pct,
-        "interpolation": "bicubic", "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD,
-        "first_conv": "stem.proj", "classifier": "head.fc", "license": "apache-2.0",
-        "paper_ids": "arXiv:2403.02308", "origin_url": "https://github.com/OpenGVLab/Vision-RWKV",
-    }
+    return imagenet_cfg(
+        f"https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{file}.pth", input_size=(3, size, size),
+        pool_size=(size // 16, size // 16), crop_pct=crop_pct, first_conv="stem.proj", license="apache-2.0",
+        paper_ids="arXiv:2403.02308", origin_url="https://github.com/OpenGVLab/Vision-RWKV",
+    )
 
 
 default_cfgs = generate_default_cfgs({

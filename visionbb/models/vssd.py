@@ -7,18 +7,16 @@ Mamba-2's decay is one number a head and token. Where tokens have no order, as i
 token weighs: all tokens add to one state, and all read from it. That is linear attention whose keys are weighted by
 their time steps, and needs no scan. The frame (stem, downsampling, positional convolutions) is MILA's.
 """
-import re
 from collections.abc import Sequence
 from functools import partial
 
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import LayerNorm
 from timm.models import generate_default_cfgs
 from torch import nn
 
-from ..backbones import Block, Pyramid, keep_native
+from ..backbones import Block, Pyramid, keep_native, renamed
 from ..mixers import NonCausalSSD, SoftmaxAttention
-from ._registry import create_from, register_variants
+from ._registry import create_from, imagenet_cfg, register_variants
 from .mila import FRAME_KEYS, Downsample, Stem
 
 Norm = partial(LayerNorm, eps=1e-5)
@@ -36,12 +34,7 @@ def checkpoint_filter_fn(state_dict: dict, model: nn.Module) -> dict:
         (r"\.attn\.conv2d\.", ".mixer.conv."),
         (r"\.attn\.", ".mixer."),
     ]
-    out = {}
-    for key, value in state_dict.items():
-        for pattern, name in renames:
-            key = re.sub(pattern, name, key)
-        out[key] = value
-    return out
+    return {renamed(key, renames): value for key, value in state_dict.items()}
 
 
 class VSSD(Pyramid):
@@ -127,12 +120,10 @@ _FILES = {
 }
 
 default_cfgs = generate_default_cfgs({
-    tag: {
-        "url": f"https://huggingface.co/YuhengSSS/VSSD/resolve/main/{file}.pth", "num_classes": 1000,
-        "input_size": (3, 224, 224), "pool_size": (7, 7), "crop_pct": 0.875, "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN, "std": IMAGENET_DEFAULT_STD, "first_conv": "stem.conv1.0",
-        "classifier": "head.fc", "paper_ids": "arXiv:2407.18559", "origin_url": "https://github.com/YuHengsss/VSSD",
-    }
+    tag: imagenet_cfg(
+        f"https://huggingface.co/YuhengSSS/VSSD/resolve/main/{file}.pth", first_conv="stem.conv1.0",
+        paper_ids="arXiv:2407.18559", origin_url="https://github.com/YuHengsss/VSSD",
+    )
     for tag, file in _FILES.items()
 })
 

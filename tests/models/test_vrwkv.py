@@ -95,8 +95,12 @@ def test_hidden_layer_of_the_head_stays():
     assert torch.equal(model.head.hidden.weight, hidden)
     model.reset_classifier(0)
     assert model(images(64, 48)).shape == (2, 12) == (2, model.head_hidden_size)
-    with pytest.raises(ValueError, match="in front of a hidden layer, got 'catavgmax'"):
-        model.reset_classifier(9, "catavgmax")
+    model.reset_classifier(9, "catavgmax")  # each of the poolings goes through the hidden layer
+    pools = features.mean((1, 2)), features.amax((1, 2))
+    want = torch.cat([model.head.hidden(pooled).tanh() for pooled in pools], -1)
+    torch.testing.assert_close(model.forward_head(features, pre_logits=True), want)
+    assert model(images(64, 48)).shape == (2, 9)
+    assert model.head_hidden_size == 24
 
 
 @pytest.mark.parametrize("kwargs", [{}, POST])

@@ -106,30 +106,24 @@ class RWKVBlock(nn.Module):
 class HiddenHead(ClassifierHead):
     """Pool, tanh(hidden(x)), dropout and classifier of tokens (B, H, W, in_features).
 
-    Raises:
-        ValueError: "catavgmax" as the pooling, which is wider than its input.
+    Of two poolings side by side ("catavgmax"), each goes through the hidden layer.
     """
 
     def __init__(
         self, in_features: int, hidden: int, num_classes: int, pool_type: str, drop_rate: float, device=None, dtype=None
     ):
         dd = {"device": device, "dtype": dtype}
-        super().__init__(hidden, num_classes, check_pool(pool_type), drop_rate, input_fmt="NHWC", **dd)
+        super().__init__(hidden, num_classes, pool_type, drop_rate, input_fmt="NHWC", **dd)
         self.hidden = Linear(in_features, hidden, **dd)
 
     def reset(self, num_classes: int, pool_type: str | None = None, in_features: int | None = None, **dd) -> None:
         """As timm's; the hidden layer stays, and decides the width of the classifier."""
-        super().reset(num_classes, check_pool(pool_type), **dd)
+        super().reset(num_classes, pool_type, **dd)
 
     def forward(self, x: torch.Tensor, pre_logits: bool = False) -> torch.Tensor:
-        x = self.drop(self.hidden(self.global_pool(x)).tanh())
+        pooled = self.global_pool(x).unflatten(-1, (-1, self.hidden.in_features))
+        x = self.drop(self.hidden(pooled).tanh().flatten(-2))
         return x if pre_logits else self.fc(x)
-
-
-def check_pool(pool_type: str | None) -> str | None:
-    if pool_type == "catavgmax":
-        raise ValueError("global_pool must be avg, max, avgmax or '' in front of a hidden layer, got 'catavgmax'")
-    return pool_type
 
 
 class VRWKV(Columnar):

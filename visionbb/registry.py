@@ -5,6 +5,7 @@ mmengine imports this module by name when a config says `type="visionbb.TimmBack
 """
 from mmengine.registry import MODELS as ROOT_MODELS
 from mmengine.registry import OPTIM_WRAPPER_CONSTRUCTORS as ROOT_OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.registry import TRANSFORMS as ROOT_TRANSFORMS
 from mmengine.registry import Registry
 
 MODELS = Registry("model", parent=ROOT_MODELS, scope="visionbb", locations=["visionbb.mm"])
@@ -13,4 +14,7 @@ OPTIM_WRAPPER_CONSTRUCTORS = Registry(
     parent=ROOT_OPTIM_WRAPPER_CONSTRUCTORS,
     scope="visionbb",
     locations=["visionbb.mm"],
+)
+TRANSFORMS = Registry(
+    "transform", parent=ROOT_TRANSFORMS, scope="visionbb", locations=["visionbb.mm.digit_scenes"]
 )

@@ -29,7 +29,7 @@ def offline(path: Path) -> Config:
     """The config as this machine can build it, without the pretrained weights it would download."""
     config = load_config(path)
     fit_to_machine(config)
-    config.model.backbone.pretrained = False
+    config.model.backbone.update(pretrained=False, checkpoint=None)
     return config
 
 
@@ -102,8 +102,9 @@ def test_fits_learns_and_predicts(path, whole):
     fed = config.model.get("neck", {}).get("in_channels") or config.model.decode_head.in_channels
     assert ([fed] if isinstance(fed, int) else list(fed)) == backbone.channels
     if "auxiliary_head" in config.model:
-        aux = config.model.auxiliary_head
-        assert aux.in_channels == config.model.decode_head.in_channels[aux.in_index]
+        heads = config.model.auxiliary_head
+        for aux in heads if isinstance(heads, list) else [heads]:
+            assert aux.in_channels == config.model.decode_head.in_channels[aux.in_index]
 
     optim_wrapper = build_optim_wrapper(model, config.optim_wrapper)
     before = {key: value.clone() for key, value in backbone.named_parameters()}

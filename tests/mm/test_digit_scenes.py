@@ -7,7 +7,8 @@ import pytest
 from PIL import Image
 from pycocotools.coco import COCO
 
-from visionbb.mm.digit_scenes import MIN_VISIBLE, draw_scene, write_digit_scenes
+from visionbb.mm.digit_scenes import RedrawDigitScene, write_digit_scenes
+from visionbb.training.digit_scenes import draw_scene
 from visionbb.training.digits import Digits
 
 
@@ -35,16 +36,6 @@ def test_two_formats_of_the_same_scenes(scenes):
             assert np.array_equal(stored, classes)
 
 
-def test_scenes_vary_and_overlap():
-    digits, rng = Digits("train"), np.random.default_rng(0)
-    drawn = [draw_scene(digits, rng) for _ in range(20)]
-    heights = [np.ptp(np.flatnonzero(mask.any(1))) + 1 for scene in drawn for mask in scene.masks]
-    assert min(heights) < 30
-    assert max(heights) > 50
-    assert {label for scene in drawn for label in scene.labels} == set(range(10))
-    assert all(mask.sum() > 30 * MIN_VISIBLE for scene in drawn for mask in scene.masks)
-
-
 def test_seed_decides(tmp_path):
     for folder, seed in (("a", 3), ("b", 3), ("c", 4)):
         write_digit_scenes(tmp_path / folder, training=2, validation=1, seed=seed)
@@ -59,3 +50,24 @@ def test_wrong_arguments(tmp_path):
         write_digit_scenes(tmp_path, training=0, validation=5)
     with pytest.raises(ValueError, match="size must be at least 32 pixels, got 16"):
         write_digit_scenes(tmp_path, size=16)
+
+
+def test_redrawn_scenes():
+    """New scenes of the loaded size, blue first as mmcv loads images, new each time, the same after the same seed."""
+    loaded = dict(img=np.zeros((96, 96, 3), np.uint8), gt_seg_map=np.full((96, 96), 7, np.uint8))
+    redraw = RedrawDigitScene()
+    assert redraw.digits.indices.tolist() == Digits("train").indices.tolist()
+    np.random.seed(3)  # noqa: NPY002
+    first, second = (redraw({**loaded}) for _ in range(2))
+    np.random.seed(3)  # noqa: NPY002
+    again = redraw({**loaded})
+    assert first["img"].shape == (96, 96, 3)
+    assert first["gt_seg_map"].shape == (96, 96)
+    assert {0} < set(np.unique(first["gt_seg_map"])) <= set(range(11))
+    assert not np.array_equal(first["img"], second["img"])
+    assert np.array_equal(first["img"], again["img"])
+
+    np.random.seed(3)  # noqa: NPY002
+    scene = draw_scene(redraw.digits, np.random.default_rng(np.random.randint(2**31)), 96)  # noqa: NPY002
+    assert np.array_equal(first["img"], scene.image[..., ::-1])
+    assert np.array_equal(first["gt_seg_map"], scene.classes)

@@ -12,7 +12,7 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 CONFIGS = {
     "det": (ROOT / "configs/detection/digits_mask-rcnn_nat-digits_fpn.py", "coco/bbox_mAP_50"),
-    "seg": (ROOT / "configs/segmentation/digits_nat-digits_upernet.py", "mIoU"),
+    "seg": (ROOT / "configs/segmentation/digits_ravlt-digits_upernet.py", "mIoU"),
 }
 
 
@@ -29,6 +29,7 @@ def options(kind: str, scenes: Path, iterations: int) -> list[str]:
     common += ["train_dataloader.batch_size=2", "default_hooks.logger.interval=5", "log_level=WARNING"]
     common += ["param_scheduler.0.end=2"]  # hardly a warm-up, so that few steps show
     if kind == "seg":
+        common += ["model.backbone.checkpoint=None"]  # of another run
         return [*common, f"train_cfg.max_iters={iterations}", f"train_cfg.val_interval={iterations}",
                 "default_hooks.checkpoint.interval=10"]  # fmt: skip
     file = f"{scenes}/annotations/instances_validation.json"
@@ -107,6 +108,25 @@ def test_infer_script(trained, scenes, tmp_path):
 
 
 @pytest.mark.slow
+def test_contact_sheet(trained, scenes, tmp_path):
+    """Two images above what was found on them, three times as large."""
+    kind, _, checkpoint = trained
+    images = [scenes / "images/validation" / f"0000{i}.jpg" for i in range(2)]
+    script("tools/infer_det_seg.py")([
+        *map(str, images), "--config", str(CONFIGS[kind][0]), "--checkpoint", str(checkpoint), "--out", str(tmp_path),
+        "--score-threshold", "0", "--scale", "3", "--sheet", str(tmp_path / "sheet.png"),
+    ])  # fmt: skip
+    sheet = Image.open(tmp_path / "sheet.png")
+    for i, image in enumerate(images):
+        result = Image.open(tmp_path / f"{image.stem}.png").convert("RGB")
+        assert result.size == (384, 384)
+        left = i * (384 + 4)
+        above, below = (sheet.crop((left, top, left + 384, top + 384)) for top in (0, 384 + 4))
+        assert below.tobytes() == result.tobytes()
+        assert above.tobytes() == Image.open(image).resize((384, 384), Image.Resampling.BICUBIC).tobytes()
+
+
+@pytest.mark.slow
 def test_checkpoint_of_another_config(trained, scenes, tmp_path, capsys):
     kind, _, checkpoint = trained
     other = next(config for name, (config, _) in CONFIGS.items() if name != kind)
@@ -127,6 +147,11 @@ def test_checkpoint_of_another_config(trained, scenes, tmp_path, capsys):
             "tools/infer_det_seg.py",
             ["nowhere.jpg", "--config", str(CONFIGS["det"][0]), "--checkpoint", "nowhere.pth"],
             "no image 'nowhere.jpg'",
+        ),
+        (
+            "tools/infer_det_seg.py",
+            ["nowhere.jpg", "--config", "c.py", "--checkpoint", "c.pth", "--scale", "0"],
+            "--scale must be at least 1, got 0",
         ),
         ("tools/profile.py", [str(CONFIGS["det"][0]), "--input", "800"], "--input must be WIDTHxHEIGHT"),
         ("tools/profile.py", ["nowhere.py"], "no config 'nowhere.py'"),

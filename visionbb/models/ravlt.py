@@ -232,6 +232,8 @@ VARIANTS = {
         f"nalaformer_{size}": args | _NALA | dict(mlp_ratio=4.0 if size in ("tiny", "base") else 3.5)
         for size, args in _SIZES.items()
     },
+    # For scenes of digits: images of 128x128, maps of 32, 16, 8 and 4 tokens a side.
+    "ravlt_digits": dict(dims=(32, 64, 128, 256), depths=(1, 1, 2, 1), mlp_ratio=2.0, head_hidden=256),
 }
 
 
@@ -254,6 +256,10 @@ default_cfgs = generate_default_cfgs({
         f"nalaformer_{size}.untrained": _cfg("", "2506.21137", "ZacharyMeng/NaLaFormer", license="mit")
         for size in ("xtiny", *_SIZES)
     },
+    "ravlt_digits.untrained": _cfg(
+        "", "2411.07635", "qhfan/RALA", license="mit", num_classes=10, input_size=(3, 40, 40), pool_size=(2, 2),
+        crop_pct=0.9, mean=(0.5,) * 3, std=(0.25,) * 3,
+    ),
 })
 
 

@@ -86,7 +86,8 @@ class TrainConfig:
 
     # Data
     data_dir: str | None = _option(None, "root of the dataset; a folder dataset has one sub-folder a split")
-    dataset: str = _option("folder", "folder, visionbb/digits, or a timm name: torch/..., hfds/..., tfds/..., wds/...")
+    dataset: str = _option("folder", "folder, visionbb/digits, visionbb/digit_cutouts, or a timm name: torch/..., "
+                          "hfds/..., tfds/..., wds/...")
     dataset_download: bool = _option(False, "let torch/, hfds/ and tfds/ datasets download themselves")
     train_split: str = _option("train", "name of the training split")
     val_split: str = _option("validation", "name of the evaluation split")

@@ -10,9 +10,10 @@ from torch.utils.data import Dataset
 from torchvision.transforms import InterpolationMode, RandomAffine
 
 from .config import ConfigError, TrainConfig, nearest
+from .digit_scenes import DigitCutouts
 from .digits import Digits
 
-DATASETS = {"visionbb/digits": Digits}
+DATASETS = {"visionbb/digits": Digits, "visionbb/digit_cutouts": DigitCutouts}
 TIMM_PREFIXES = ("torch/", "hfds/", "hfids/", "tfds/", "wds/")
 
 

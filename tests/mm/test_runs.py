@@ -97,6 +97,11 @@ def test_test_script(trained, scenes):
 def test_infer_script(trained, scenes, tmp_path):
     """A picture of the image's size that is not the image."""
     kind, _, checkpoint = trained
+    if kind == "det":  # what so few steps have taught is sure of nothing: now every proposal is a 0
+        state = torch.load(checkpoint, weights_only=False)
+        state["state_dict"]["roi_head.bbox_head.fc_cls.bias"][0] += 10
+        checkpoint = tmp_path / "sure.pth"
+        torch.save(state, checkpoint)
     image = scenes / "images/validation/00000.jpg"
     script("tools/infer_det_seg.py")([
         str(image), "--config", str(CONFIGS[kind][0]), "--checkpoint", str(checkpoint), "--out", str(tmp_path),

@@ -51,7 +51,7 @@ def test_grey_digits_at_model_size_with_affine_changes(tiny_config) -> None:
 
 @pytest.mark.parametrize(("options", "message"), [
     ({"dataset": "visionbb/digit"}, "dataset must be one of .*'visionbb/digit': did you mean 'visionbb/digits'"),
-    ({"dataset": "imagenet"}, "dataset must be one of folder, visionbb/digits or start with torch/"),
+    ({"dataset": "imagenet"}, "dataset must be one of folder, visionbb/digits, visionbb/digit_cutouts or start with"),
     ({"dataset": "torch/nothing"}, "Unknown torchvision dataset nothing"),
     ({"data_dir": None}, "data_dir must be given for the dataset 'folder'"),
     ({"data_dir": "no/such/place"}, "data_dir no/such/place does not exist"),

@@ -11,9 +11,8 @@ from typing import Any
 
 import numpy as np
 from PIL import Image, ImageDraw
-from torch.utils.data import Dataset
 
-from .digits import Digits
+from .digits import DigitImages, Digits
 
 MIN_VISIBLE = 0.75  # part of a digit's ink that later digits must leave uncovered
 INK = 0.5  # opacity from which a pixel belongs to a digit
@@ -96,7 +95,7 @@ def _ink_colour(ground: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return ground * rng.uniform(0.0, 0.5, 3)
 
 
-class DigitCutouts(Dataset):
+class DigitCutouts(DigitImages):
     """Single digits cut out of scenes: what a backbone learns from before it is to find them in whole scenes.
 
     Squares around every digit, 1.5 times as large as it, with clutter and neighbours; shifted where they would leave
@@ -112,8 +111,6 @@ class DigitCutouts(Dataset):
         ValueError: an unknown split.
     """
 
-    classes = Digits.classes
-
     def __init__(
         self,
         split: str,
@@ -124,20 +121,12 @@ class DigitCutouts(Dataset):
         digits = Digits(split)
         rng = np.random.default_rng([1, split == "train"])
         self.transform = transform
-        self.images: list[Image.Image] = []
-        self.targets: list[int] = []
+        self.images, self.targets = [], []
         for _ in range(scenes or (2000 if split == "train" else 200)):
             scene = draw_scene(digits, rng)
             for label, mask in zip(scene.labels, scene.masks, strict=True):
                 self.images.append(Image.fromarray(_square_around(mask, scene.image)).convert(input_img_mode))
                 self.targets.append(label)
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.images[index]
-        return (image if self.transform is None else self.transform(image)), self.targets[index]
 
 
 def _square_around(mask: np.ndarray, image: np.ndarray, margin: float = 1.5) -> np.ndarray:

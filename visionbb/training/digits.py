@@ -11,7 +11,23 @@ from torch.utils.data import Dataset
 SPLITS = ("train", "test", "validation")
 
 
-class Digits(Dataset):
+class DigitImages(Dataset):
+    """`images` and their digits, `targets`; items are `(image, target)`, through `transform` if there is one."""
+
+    classes = [str(digit) for digit in range(10)]
+    images: list[Image.Image]
+    targets: list[int]
+    transform: Callable[[Image.Image], Any] | None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        image = self.images[index]
+        return (image if self.transform is None else self.transform(image)), self.targets[index]
+
+
+class Digits(DigitImages):
     """1,797 grey 8 x 8 images of handwritten digits, ten classes, split once and for all.
 
     A stratified fifth (360 images) is held out for testing; the split does not depend on any run's seed.
@@ -30,8 +46,6 @@ class Digits(Dataset):
     (its test part, as `sklearn.datasets.load_digits` ships it).
     """
 
-    classes = [str(digit) for digit in range(10)]
-
     def __init__(self, split: str, input_img_mode: str = "L", transform: Callable[[Image.Image], Any] | None = None):
         if split not in SPLITS:
             raise ValueError(f"split must be one of {', '.join(SPLITS)} for visionbb/digits, got {split!r}")
@@ -48,10 +62,3 @@ class Digits(Dataset):
         self.images = [Image.fromarray(image).convert(input_img_mode) for image in pixels]
         self.targets = [int(target) for target in targets[self.indices]]
         self.transform = transform
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, int]:
-        image = self.images[index]
-        return (image if self.transform is None else self.transform(image)), self.targets[index]

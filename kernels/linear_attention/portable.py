@@ -1,8 +1,8 @@
-"""Linear attention in plain PyTorch: the keys and values first, then the queries, one image at a time.
+"""Linear attention in plain PyTorch: the keys and values first, then the queries.
 
-A run of tokens at once, which stays in cache through the dozen operators that touch it; peak extra memory of a forward
-does not grow with the batch, nor, the rotary table aside, with the map. Images of few tokens go together, the heads of
-one beside those of the next, for there it is the operators' number that counts. All arithmetic is in float32 at least.
+A run of tokens of one image at once, or a few small images, which stay in cache through the dozen operators that touch
+them; peak extra memory of a forward does not grow with the batch, nor, the rotary table aside, with the map. All
+arithmetic is in float32 at least.
 """
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from .state import State, empty_state
 
 LOG2E = math.log2(math.e)
 CACHED = 2**18  # numbers of a map that are worked on at once
+TINY = 2**12  # numbers of an image that are copied at less than the price of a call
 
 
 def _features(x: torch.Tensor, name: str, wide: torch.dtype) -> torch.Tensor:
@@ -37,7 +38,7 @@ def _slope(phi: torch.Tensor, name: str) -> torch.Tensor | float:
 
 
 def _turned(x: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
-    """x (N, heads, d), contiguous, under the rotary embedding."""
+    """x (images, N, heads, d), contiguous, under the rotary embedding."""
     return x if turns is None else turned(x, turns)
 
 
@@ -46,12 +47,30 @@ def _turns(q: torch.Tensor, form: Form) -> torch.Tensor | None:
 
 
 def _heads(x: torch.Tensor) -> torch.Tensor:
-    """(N, heads, d) to (heads, N, d)."""
-    return x.transpose(0, 1)
+    """(images, N, heads, d) to (images, heads, N, d)."""
+    return x.transpose(1, 2)
+
+
+def _columns(x: torch.Tensor) -> torch.Tensor:
+    """(images, N, heads, d) to (images, heads, d, N)."""
+    return x.permute(0, 2, 3, 1)
+
+
+def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a @ b of (images, heads, rows, columns).
+
+    Image by image, for heads and images together would have to be copied; that costs less than the calls for tiny maps.
+    """
+    if max(a[0].numel(), b[0].numel()) <= TINY:
+        return a @ b
+    out = a.new_empty(*a.shape[:-1], b.shape[-1])
+    for image in zip(a, b, out, strict=True):
+        torch.bmm(image[0], image[1], out=image[2])
+    return out
 
 
 def _factor(total: torch.Tensor, N: int, form: Form) -> torch.Tensor | None:
-    """What the normalizer multiplies the numerator by; `total` (heads, N, 1) is the denominator."""
+    """What the normalizer multiplies the numerator by; `total` (images, heads, N, 1) is the denominator."""
     if form.normalizer == "div":
         return (total + form.eps).reciprocal_()
     if form.normalizer == "clamp":
@@ -65,31 +84,22 @@ def _flat(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [x if x is None else x.flatten(1, 2) for x in tensors]
 
 
-def _together(q: torch.Tensor, v: torch.Tensor) -> int:
-    """How many images go at once: a divisor of the batch, as many as stay in cache."""
-    B, H, W, heads, d = q.shape
-    most = max(1, CACHED // (H * W * heads * max(d, v.shape[-1])))
-    return next(count for count in range(min(B, most), 0, -1) if B % count == 0) if B else 1
+def _groups(q: torch.Tensor, v: torch.Tensor) -> list[slice]:
+    """The images of a batch, as many at once as stay in cache; q and v are (B, N, heads, ...)."""
+    B, N, heads, d = q.shape
+    count = -(-B // max(1, CACHED // (N * heads * max(d, v.shape[-1]))))
+    return _equal(B, count) if B else []
 
 
-def _joined(images: int, *tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
-    """(B, H, W, heads, ...) to (B / images, H * W, images * heads, ...); a view of one image."""
-    flat = _flat(*tensors)
-    if images == 1:
-        return flat
-    return [x if x is None else x.unflatten(0, (-1, images)).transpose(1, 2).flatten(2, 3) for x in flat]
-
-
-def _apart(x: torch.Tensor, images: int, shape: torch.Size) -> torch.Tensor:
-    """What `_joined` made of a tensor, in its own shape again, contiguous."""
-    return x.view(shape) if images == 1 else x.unflatten(2, (images, -1)).transpose(1, 2).contiguous().view(shape)
+def _equal(length: int, count: int) -> list[slice]:
+    """`count` slices of a length, or fewer, that differ by the last one at most."""
+    size = -(-length // count)
+    return [slice(start, start + size) for start in range(0, length, size)]
 
 
 def _parts(tokens: int, channels: int) -> list[slice]:
     """Equal runs of tokens, each of which stays in cache: a larger map must not cost more than its share."""
-    count = max(1, round(tokens * channels / CACHED))
-    size = -(-tokens // count)
-    return [slice(start, start + size) for start in range(0, tokens, size)]
+    return _equal(tokens, max(1, round(tokens * channels / CACHED)))
 
 
 def forward(
@@ -102,47 +112,55 @@ def forward(
     form: Form,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op without autograd: out like v but contiguous, and the packed state."""
-    shape, images, packed = v.shape, _together(q, v), empty_state(q, v, form)
-    wide, turns, N = packed.dtype, _turns(q, form), q.shape[1] * q.shape[2]
-    q, k, v, key_weight, local, gate = _joined(images, q, k, v, key_weight, local, gate)
-    state = State.of(packed.view(len(q), q.shape[2], -1), q.shape[-1], v.shape[-1])
-    out = v.new_empty(v.shape)
-    parts = _parts(N, q.shape[2] * max(q.shape[3], v.shape[3]))
-    parts = [(part, None if turns is None else turns[part]) for part in parts]
+    shape, turns, packed = v.shape, _turns(q, form), empty_state(q, v, form).zero_()
+    q, k, v, key_weight, local, gate = _flat(q, k, v, key_weight, local, gate)
+    (_, N, heads, d), dv = q.shape, v.shape[-1]
+    state, out = State.of(packed, d, dv), v.new_empty(v.shape)
+    parts = [(part, None if turns is None else turns[part]) for part in _parts(N, heads * max(d, dv))]
     mean = 1 / N if key_weight is None else 1.0
-    packed.zero_()
-    for i in range(len(q)):
+    for group in _groups(q, v):
+        sums = State(*(x[group] for x in state))
         for part, turn in parts:
-            phi, values = _features(k[i, part], form.feature_map, wide), v[i, part].to(wide)
+            phi, values = _features(k[group, part], form.feature_map, packed.dtype), v[group, part].to(packed.dtype)
             if key_weight is not None:
-                phi = phi * key_weight[i, part, :, None]
-            state.key[i].add_(phi.sum(0), alpha=mean)
-            state.kv[i].add_(torch.bmm(_turned(phi, turn).permute(1, 2, 0), _heads(values)), alpha=mean)
+                phi = phi * key_weight[group, part, :, None]
+            sums.key.add_(phi.sum(1), alpha=mean)
+            sums.kv.add_(_product(_columns(_turned(phi, turn)), _heads(values)), alpha=mean)
             if form.normalizer == "additive":
-                state.value[i].add_(values.sum(0), alpha=1 / N)
+                sums.value.add_(values.sum(1), alpha=1 / N)
         for part, turn in parts:
-            y = _normalized(*_queries(q[i, part], state, i, turn, form), state.value[i], N, form).transpose(0, 1)
-            if local is not None:
-                y.add_(local[i, part])
-            if gate is not None:
-                y.mul_(gate[i, part])
-            out[i, part] = y
-    return _apart(out, images, shape), packed
+            y = _heads(_normalized(*_queries(q[group, part], sums, turn, form), sums.value, N, form))
+            extra = [None if x is None else x[group, part] for x in (local, gate)]
+            _finish(y, *extra, out[group, part])
+    return out.view(shape), packed
 
 
-def _queries(q, state: State, i: int, turns, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
-    """Numerator (heads, N, dv) and denominator (heads, N, 1) of an image."""
+def _queries(q, state: State, turns, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
+    """Numerator (images, heads, N, dv) and denominator (images, heads, N, 1)."""
     phi = _features(q, form.feature_map, state.kv.dtype)
     # Rows times matrix: of the two orders, a CPU is several times faster at this one.
-    total = torch.bmm(state.key[i, :, None] * form.scale, phi.permute(1, 2, 0)).transpose(1, 2)
-    return torch.bmm(_heads(_turned(phi, turns)), state.kv[i] * form.scale), total
+    total = _product(state.key[:, :, None] * form.scale, _columns(phi)).transpose(2, 3)
+    return _product(_heads(_turned(phi, turns)), state.kv * form.scale), total
 
 
 def _normalized(num, total, value, N: int, form: Form) -> torch.Tensor:
     factor = _factor(total, N, form)
     if factor is not None:
         num.mul_(factor)
-    return num.addcmul_(total, value[:, None], value=-1) if form.normalizer == "additive" else num
+    return num.addcmul_(total, value[:, :, None], value=-1) if form.normalizer == "additive" else num
+
+
+def _finish(y: torch.Tensor, local: torch.Tensor | None, gate: torch.Tensor | None, out: torch.Tensor) -> None:
+    """out = (y + local) * gate, in y's precision; out is contiguous and y is not."""
+    wide = out if out.dtype == y.dtype else torch.empty_like(out, dtype=y.dtype)
+    if local is None:
+        wide.copy_(y)
+    else:
+        torch.add(y, local, out=wide)
+    if gate is not None:
+        wide.mul_(gate)
+    if wide is not out:
+        out.copy_(wide)
 
 
 def backward(
@@ -161,24 +179,25 @@ def backward(
     With `num` and `total` of a query, y = num * factor (- total * mean v): the queries' gradients and those of the
     state come first, the latter by the same reduction as the state itself; then those of keys and values.
     """
-    inputs, images = (q, k, v, key_weight, local, gate), _together(q, v)
+    inputs = q, k, v, key_weight, local, gate
+    grads = [x if x is None else x.new_empty(x.shape) for x in inputs]
     wide, turns, N = packed.dtype, _turns(q, form), q.shape[1] * q.shape[2]
     back = None if turns is None else turns.conj().resolve_conj()
-    q, k, v, key_weight, local, gate, dout = joined = _joined(images, *inputs, dout)
-    state = State.of(packed.view(len(q), q.shape[2], -1), q.shape[-1], v.shape[-1])
-    grads = [x if x is None else x.new_empty(x.shape) for x in joined[:-1]]
-    dq, dk, dv, dkey_weight, dlocal, dgate = grads
+    state, tensors = State.of(packed, q.shape[-1], v.shape[-1]), _flat(*inputs, dout, *grads)
     additive = form.normalizer == "additive"
-    for i in range(len(q)):
-        num, total = _queries(q[i], state, i, turns, form)
+    for group in _groups(tensors[0], tensors[2]):
+        part = [x if x is None else x[group] for x in tensors]
+        q, k, v, key_weight, local, gate, dout, dq, dk, dv, dkey_weight, dlocal, dgate = part
+        sums = State(*(x[group] for x in state))
+        num, total = _queries(q, sums, turns, form)
         factor = _factor(total, N, form)
-        du = dout[i].to(wide)
+        du = dout.to(wide)
         if gate is not None:
-            y = _normalized(num.clone(), total, state.value[i], N, form).transpose(0, 1)
-            dgate[i] = du * (y if local is None else y + local[i])
-            du = du * gate[i]
-            if local is not None:
-                dlocal[i] = du
+            y = _heads(_normalized(num.clone(), total, sums.value, N, form))
+            dgate.copy_(du * (y if local is None else y + local))
+            du = du * gate
+        if local is not None:
+            dlocal.copy_(du)
         dy = _heads(du)
 
         # The state's gradients, and the queries'.
@@ -190,25 +209,27 @@ def backward(
                 dtotal.masked_fill_(total <= form.eps / N, 0)
             dnum = dy * factor
         if additive:
-            dtotal -= torch.bmm(dy, state.value[i, ..., None])
-        phi = _features(q[i], form.feature_map, wide)
-        dkv = torch.bmm(_turned(phi, turns).permute(1, 2, 0), dnum).mul_(form.scale)
-        dkey = torch.bmm(phi.permute(1, 2, 0), dtotal).mul_(form.scale)[..., 0]
-        dphi = torch.bmm(dnum, state.kv[i].transpose(1, 2)).transpose(0, 1).contiguous()
-        dphi = _turned(dphi, back) + dtotal.transpose(0, 1) * state.key[i]
-        dq[i] = dphi.mul_(form.scale).mul_(_slope(phi, form.feature_map))
+            dtotal -= _product(dy, sums.value[..., None])
+        phi = _features(q, form.feature_map, wide)
+        dkv = _product(_columns(_turned(phi, turns)), dnum).mul_(form.scale)
+        dkey = _product(_columns(phi), dtotal).mul_(form.scale)[..., 0]
+        dphi = _heads(_product(dnum, sums.kv.transpose(2, 3))).contiguous()
+        dphi = _turned(dphi, back) + _heads(dtotal) * sums.key[:, None]
+        dq.copy_(dphi.mul_(form.scale).mul_(_slope(phi, form.feature_map)))
 
         # The keys' and values'.
-        phi, values = _features(k[i], form.feature_map, wide), v[i].to(wide)
-        weight = 1 / N if key_weight is None else key_weight[i, ..., None].to(wide)
-        dphi = torch.bmm(_heads(values), dkv.transpose(1, 2)).transpose(0, 1).contiguous()
-        dphi = _turned(dphi, back) + dkey
+        phi, values = _features(k, form.feature_map, wide), v.to(wide)
+        weight = 1 / N if key_weight is None else key_weight[..., None].to(wide)
+        dphi = _heads(_product(_heads(values), dkv.transpose(2, 3))).contiguous()
+        dphi = _turned(dphi, back) + dkey[:, None]
         if key_weight is not None:
-            dkey_weight[i] = (dphi * phi).sum(-1)
-        dvalues = torch.bmm(_heads(_turned(phi, turns)), dkv).transpose(0, 1) * weight
-        dv[i] = dvalues - torch.bmm(total.transpose(1, 2), dy).transpose(0, 1).div_(N) if additive else dvalues
-        dk[i] = dphi.mul_(weight).mul_(_slope(phi, form.feature_map))
-    return [x if x is None else _apart(grad, images, x.shape) for x, grad in zip(inputs, grads, strict=True)]
+            dkey_weight.copy_((dphi * phi).sum(-1))
+        dvalues = _heads(_product(_heads(_turned(phi, turns)), dkv)) * weight
+        if additive:
+            dvalues = dvalues - _heads(_product(total.transpose(2, 3), dy)).div_(N)
+        dv.copy_(dvalues)
+        dk.copy_(dphi.mul_(weight).mul_(_slope(phi, form.feature_map)))
+    return grads
 
 
 def exportable(

@@ -1,9 +1,13 @@
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from visionbb.backbones import layers
 from visionbb.backbones.layers import TokenMlp
+from visionbb.mixers import linear
 
 
 def hidden_sizes(mlp, x):
@@ -46,3 +50,62 @@ def test_one_graph_holds_the_whole(monkeypatch):
         for form in (program, traced, scripted):
             torch.testing.assert_close(form(x), mlp(x))
     assert sum("linear" in str(node.target) for node in program.graph.nodes) == 2
+
+
+def stem(act_layer):
+    """Convolutions of all kinds with batch norms of some use, evaluated."""
+    model = layers.conv_norm_acts(3, [(8, 3, 2), (8, 5, 1), (16, 1, 1), (12, 3, 2)], act_layer).append(act_layer())
+    for norm in model:
+        if isinstance(norm, nn.BatchNorm2d):
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+            nn.init.normal_(norm.bias)
+            norm.running_mean.normal_()
+            norm.running_var.uniform_(0.5, 2)
+    return model.eval()
+
+
+def one_by_one(model, x):
+    for module in model:
+        x = module(x)
+    return x
+
+
+@pytest.mark.parametrize("act_layer", [nn.ReLU, nn.GELU, partial(nn.GELU, "tanh"), nn.Hardswish])
+@pytest.mark.parametrize("widest", [0, 2**24])
+def test_fused_convolutions_give_what_the_layers_give(act_layer, widest, monkeypatch):
+    monkeypatch.setattr(layers, "WIDEST_HIDDEN", widest)
+    model, x = stem(act_layer), torch.randn(3, 3, 37, 42).contiguous(memory_format=torch.channels_last)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), one_by_one(model, x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not linear.HAS_ONEDNN, reason="no oneDNN here")
+def test_only_plain_inference_fuses(monkeypatch):
+    calls = []
+    monkeypatch.setattr(layers, "conv_norm_act", lambda x, conv, *rest: calls.append(conv) or conv(x))
+    model, x = stem(nn.ReLU), torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        model(x)
+        assert calls == [m for m in model if isinstance(m, nn.Conv2d)]
+        calls.clear()
+        model.double()(x.double())
+        model.float()
+        with torch.autocast("cpu", torch.bfloat16):
+            model(x)
+        model.train()(x)
+        model.eval()
+        seen = []
+        hook = model[1].register_forward_hook(lambda *args: seen.append(args))
+        model(x)
+        hook.remove()
+        assert len(seen) == 1
+    model(x)
+    assert not calls
+
+
+def test_an_mlp_fused_with_its_activation(monkeypatch):
+    monkeypatch.setattr(linear, "MIN_PRODUCTS", 0)
+    for act in (nn.GELU, nn.ReLU, partial(nn.GELU, "tanh"), nn.SiLU):
+        mlp, x = TokenMlp(8, 32, act), torch.randn(2, 9, 7, 8)
+        with torch.no_grad():
+            torch.testing.assert_close(mlp(x), mlp.fc2(mlp.act(F.linear(x, mlp.fc1.weight, mlp.fc1.bias))))

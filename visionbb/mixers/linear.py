@@ -15,17 +15,24 @@ MIN_PRODUCTS = 2**25
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
-def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+    """Whether a layer may be oneDNN's own, which knows no gradient: float32 on an x86 CPU that only infers."""
     return (
         HAS_ONEDNN
-        and eager_inference(x, weight, bias)
+        and eager_inference(x, *weights)
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and all(t is None or t.dtype == torch.float32 for t in (x, *weights))
+        and torch._C._get_mkldnn_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return (
+        onednn_infers(x, weight, bias)  # first: no graph may come to depend on a size
         and x.numel() * weight.shape[0] >= MIN_PRODUCTS
         and x.is_contiguous()
         and weight.is_contiguous()
-        and torch._C._get_mkldnn_enabled()
-        and not torch.is_autocast_enabled("cpu")
     )
 
 
@@ -51,9 +58,31 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
 
 
+# Activations that oneDNN applies to what it writes, by its names for them.
+ONEDNN_ACTS = {nn.ReLU: "relu", nn.GELU: "gelu"}
+
+
+def onednn_act(act: nn.Module | None) -> tuple[str, list, str]:
+    """The arguments by which oneDNN's operators know an activation of `ONEDNN_ACTS`, or none."""
+    return ("none" if act is None else ONEDNN_ACTS[type(act)]), [], getattr(act, "approximate", "")
+
+
+def watched(*modules: nn.Module) -> bool:
+    """Whether hooks see what goes through modules."""
+    return any(layer._forward_hooks or layer._forward_pre_hooks for module in modules for layer in module.modules())
+
+
 @register_notrace_module  # asks for the size and type of its input
 class Linear(nn.Linear):
     """`torch.nn.Linear` by `linear`."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return linear(x, self.weight, self.bias)
+
+
+@register_notrace_function  # asks for the size and type of its input
+def linear_act(x: torch.Tensor, fc: nn.Linear, act: nn.Module) -> torch.Tensor:
+    """act(fc(x)); where oneDNN computes the product, it writes it activated, unless hooks are to see both."""
+    if type(fc) is Linear and type(act) in ONEDNN_ACTS and _by_onednn(x, fc.weight, fc.bias) and not watched(fc, act):
+        return torch.ops.mkldnn._linear_pointwise(x, fc.weight, fc.bias, *onednn_act(act))
+    return act(fc(x))

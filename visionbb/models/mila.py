@@ -10,6 +10,7 @@ convolutions. Without the gate there is no scan: tokens are mixed in parallel, a
 Differences to the authors' code: downsampling stands at the start of a stage; rotary angles follow the map, so that any
 image size works.
 """
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 
@@ -20,7 +21,7 @@ from timm.models import generate_default_cfgs, register_notrace_module
 from torch import nn
 
 from ..backbones import Block, Pyramid, keep_native, renamed
-from ..backbones.layers import PointwiseConv, conv_norm_acts, in_slabs
+from ..backbones.layers import ConvNormActs, PointwiseConv, conv_norm_acts, in_slabs
 from ..mixers import DepthwiseConv, LinearAttention
 from ..mixers.linear import Linear
 from ._registry import create_from, imagenet_cfg, register_variants
@@ -72,7 +73,7 @@ class Stem(nn.Module):
         super().__init__()
         half, relu = dim // 2, partial(nn.ReLU, inplace=True)
         layers = partial(conv_norm_acts, act_layer=relu, bias=False, device=device, dtype=dtype)
-        self.conv1 = layers(in_chans, [(half, 3, 2)])
+        self.conv1 = layers(in_chans, [(half, 3, 2)]).append(relu())
         self.conv2 = layers(half, [(half, 3, 1), (half, 3, 1)])
         self.conv3 = layers(half, [(4 * dim, 3, 2), (dim, 1, 1)])
 
@@ -84,33 +85,32 @@ class Stem(nn.Module):
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
         # Channels-last from the first layer on, so that none of the large early maps is ever transposed.
-        x = F.relu(self.conv1(x.contiguous(memory_format=torch.channels_last)), inplace=True)
+        x = self.conv1(x.contiguous(memory_format=torch.channels_last))
         return self.conv3(self.conv2(x).add_(x)).permute(0, 2, 3, 1)
 
 
-@register_notrace_module  # slabs by the size of the map
-class Downsample(nn.Module):
+@register_notrace_module  # asks for the device and type of its input
+class Downsample(ConvNormActs):
     """An inverted bottleneck of stride 2, (B, H, W, in_dim) to (B, H/2, W/2, dim)."""
 
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
         hidden = 4 * dim
-        self.expand = PointwiseConv(in_dim, hidden, **dd)
-        self.conv = nn.Conv2d(hidden, hidden, 3, 2, 1, groups=hidden, **dd)
-        self.reduce = PointwiseConv(hidden, dim, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        super().__init__(OrderedDict(
+            expand=PointwiseConv(in_dim, hidden, **dd),
+            act1=nn.ReLU(inplace=True),
+            conv=nn.Conv2d(hidden, hidden, 3, 2, 1, groups=hidden, **dd),
+            act2=nn.ReLU(inplace=True),
+            reduce=PointwiseConv(hidden, dim, **dd),
+            norm=nn.BatchNorm2d(dim, **dd),
+        ))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if torch.jit.is_scripting() or self.training:
-            return self.layers(x)
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            return self.layers(x).permute(0, 2, 3, 1)
         else:
-            return in_slabs(self.layers, x, self.expand.out_channels * x.shape[1] * x.shape[2])
-
-    def layers(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.expand(x.permute(0, 3, 1, 2)), inplace=True)
-        x = F.relu(self.conv(x), inplace=True)
-        return self.norm(self.reduce(x)).permute(0, 2, 3, 1)
+            return super().forward(x).permute(0, 2, 3, 1)
 
 
 class MambaMixer(nn.Module):
@@ -132,7 +132,8 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = F.silu(self.act_proj(x), inplace=True)
-        x = F.silu(self.dwc(self.in_proj(x)))
+        x = self.dwc(self.in_proj(x))
+        x = F.silu(x, inplace=not x.requires_grad)
         return self.out_proj(self.attn(x, gate))
 
 

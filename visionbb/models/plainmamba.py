@@ -68,12 +68,12 @@ class ConvStem(nn.Module):
     def __init__(self, in_chans: int, dim: int, depth: int, device=None, dtype=None):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.convs = conv_norm_acts(in_chans, [(64, 7, 2)] + depth * [(64, 3, 1)], nn.ReLU, bias=False, **dd)
+        layers = [(64, 7, 2)] + depth * [(64, 3, 1)]
+        self.convs = conv_norm_acts(in_chans, layers, nn.ReLU, bias=False, **dd).append(nn.ReLU())
         self.proj = PatchConv(64, dim, 8, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = F.relu(self.convs(x.contiguous(memory_format=torch.channels_last)))
-        return self.proj(x).permute(0, 2, 3, 1)
+        return self.proj(self.convs(x.contiguous(memory_format=torch.channels_last))).permute(0, 2, 3, 1)
 
 
 class ConvBlock(MixerBlock):

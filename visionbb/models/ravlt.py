@@ -15,6 +15,7 @@ row of `ATTENTIONS`.
 
 Differences to the authors' code: downsampling stands at the start of a stage; 1x1 convolutions are linear layers.
 """
+from collections import OrderedDict
 from collections.abc import Sequence
 from functools import partial
 
@@ -24,7 +25,7 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from ..backbones import Block, Pyramid, keep_native, renamed
-from ..backbones.layers import conv_norm_acts, init_convs
+from ..backbones.layers import ConvNormActs, conv_norm_acts, init_convs
 from ..mixers import LinearAttention, SoftmaxAttention
 from ..mixers.linear import Linear
 from ._registry import create_from, imagenet_cfg, register_variants
@@ -88,17 +89,21 @@ class ConvStem(nn.Module):
         return self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
 
-class ConvDownsample(nn.Module):
+class ConvDownsample(ConvNormActs):
     """3x3 convolution of stride 2 and batch norm, (B, H, W, in_dim) to (B, H/2, W/2, dim)."""
 
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
-        super().__init__()
         dd = {"device": device, "dtype": dtype}
-        self.reduction = nn.Conv2d(in_dim, dim, 3, 2, 1, **dd)
-        self.norm = nn.BatchNorm2d(dim, **dd)
+        super().__init__(
+            OrderedDict(reduction=nn.Conv2d(in_dim, dim, 3, 2, 1, **dd), norm=nn.BatchNorm2d(dim, **dd))
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.reduction(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            return self.layers(x).permute(0, 2, 3, 1)
+        else:
+            return super().forward(x).permute(0, 2, 3, 1)
 
 
 class ProjectedHead(ClassifierHead):

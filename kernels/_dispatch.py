@@ -84,6 +84,15 @@ def eager_inference(*tensors: torch.Tensor | None) -> bool:
     )
 
 
+def caches() -> int:
+    """By how much more than one core's cache the threads of an operator hold; a few at most, for memory's sake.
+
+    Work that is cut into pieces which stay in cache takes larger pieces on more threads: fewer operators, at each of
+    which all threads wait for the last.
+    """
+    return min(torch.get_num_threads(), 4)
+
+
 def reference_chosen() -> bool:
     return _choice == "reference"
 

@@ -10,13 +10,14 @@ import math
 
 import torch
 
+from .._dispatch import caches
 from ..rotary.portable import table, turned
 from ..rotary.reference import rotary2d
 from .form import Form, features
 from .state import State, empty_state
 
 LOG2E = math.log2(math.e)
-CACHED = 2**18  # numbers of a map that are worked on at once
+CACHED = 2**18  # numbers of a map that are worked on at once, a thread
 TINY = 2**12  # numbers of an image that are copied at less than the price of a call
 
 
@@ -87,7 +88,7 @@ def _flat(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
 def _groups(q: torch.Tensor, v: torch.Tensor) -> list[slice]:
     """The images of a batch, as many at once as stay in cache; q and v are (B, N, heads, ...)."""
     B, N, heads, d = q.shape
-    count = -(-B // max(1, CACHED // (N * heads * max(d, v.shape[-1]))))
+    count = -(-B // max(1, caches() * CACHED // (N * heads * max(d, v.shape[-1]))))
     return _equal(B, count) if B else []
 
 
@@ -99,7 +100,7 @@ def _equal(length: int, count: int) -> list[slice]:
 
 def _parts(tokens: int, channels: int) -> list[slice]:
     """Equal runs of tokens, each of which stays in cache: a larger map must not cost more than its share."""
-    return _equal(tokens, max(1, round(tokens * channels / CACHED)))
+    return _equal(tokens, max(1, round(tokens * channels / (caches() * CACHED))))
 
 
 def forward(

@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .._dispatch import exporting
+from .._dispatch import caches, exporting
 from .window import Window, axis_range
 
-# Keys and values of the strips of one chunk of images, in bytes. The backward calls more operators a chunk.
+# Keys and values of the strips of one chunk of images, in bytes a thread. The backward calls more operators a chunk.
 FORWARD_CHUNK, BACKWARD_CHUNK = 5 << 20, 4 << 20
 TILE_HEIGHTS, TILE_WIDTHS = range(1, 17), range(4, 33)
 LOG2E = math.log2(math.e)
@@ -278,7 +278,7 @@ def _masks(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Ten
 def _chunks(B: int, part: Part, bytes_per_token: int, limit: int) -> list[slice]:
     rows, cols = part.rows, part.cols
     image = rows.groups * cols.groups * part.strips * rows.length * cols.S * bytes_per_token
-    step = max(1, limit // image)
+    step = max(1, caches() * limit // image)
     step = -(-B // -(-B // step)) if B else 1
     return [slice(i, min(i + step, B)) for i in range(0, B, step)]
 
@@ -307,10 +307,16 @@ def forward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The op without autograd: out like `v`, lse (B, H, W, heads)."""
     B, H, W, heads, d = q.shape
+    parts = _plan(H, W, window, q.device)
+    if parts and parts[0].whole and len(parts[0].row_pattern) == 1:  # one tile is the map
+        mask = _masks(parts[0], rpb, window, q, heads)[0]
+        out, lse = _attend(*(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)), mask, scale)
+        return out.transpose(1, 2).reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:-1])
+
     out, lse = q.new_empty(q.shape), None
     if return_lse:
         lse = q.new_empty(q.shape[:-1], dtype=torch.promote_types(q.dtype, torch.float32))
-    for part in _plan(H, W, window, q.device):
+    for part in parts:
         rows, cols = part.rows, part.cols
         masks = _masks(part, rpb, window, q, heads)
         limit = sys.maxsize if part.whole else FORWARD_CHUNK
@@ -323,8 +329,6 @@ def forward(
             for query, key, mask in zip(rows.query, rows.key, masks, strict=True):
                 tk, tv = (_rows(x, key, rows.S, cols.S) for x in (sk, sv))
                 o, l = _attend(_rows(sq, query, rows.T, cols.T), tk, tv, mask, scale)
-                if part.whole and len(masks) == 1:  # windows that cover the map
-                    return o.transpose(1, 2).reshape(q.shape), l.transpose(1, 2).reshape(q.shape[:-1])
                 _paste(o, out[images], part, query)
                 if return_lse:
                     _paste(l[..., None], lse[images][..., None], part, query)

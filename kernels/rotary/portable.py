@@ -18,7 +18,8 @@ def table(H: int, W: int, rotary: Rotary, x: torch.Tensor, inverse: bool = False
 
 def turned(x: torch.Tensor, table: torch.Tensor) -> torch.Tensor:
     """x (..., H * W, heads, d), contiguous, turned by the table."""
-    spans = torch.view_as_complex(x.view(*x.shape[:-2], -1, table.shape[-1], 2))
+    pairs = table.shape[-1]
+    spans = torch.view_as_complex(x.view(*x.shape[:-2], x.shape[-2] * x.shape[-1] // (2 * pairs), pairs, 2))
     return torch.view_as_real(spans * table).view(x.shape)
 
 

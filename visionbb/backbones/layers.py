@@ -7,7 +7,7 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import nn
 
-from ..kernels._dispatch import eager_inference
+from ..kernels._dispatch import caches, eager_inference
 from ..mixers.conv import DepthwiseConv
 from ..mixers.linear import ONEDNN_ACTS, Linear, linear, linear_act, onednn_act, onednn_infers, watched
 
@@ -127,7 +127,7 @@ def init_convs(model: nn.Module) -> None:
 
 
 WIDEST_HIDDEN = 2**24  # bytes: malloc hands blocks above 32 MiB back to the system, which clears them page by page
-SLAB = 2**19  # numbers of a hidden layer that stay in cache
+SLAB = 2**19  # numbers of a hidden layer that stay in cache, a thread
 
 
 @register_notrace_module  # slabs by the number of tokens
@@ -176,4 +176,4 @@ def in_slabs(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hi
     narrow = x.shape[0] * hidden * x.element_size() <= WIDEST_HIDDEN
     if narrow or x.device.type != "cpu" or torch.is_grad_enabled() or not eager_inference():
         return layers(x)
-    return torch.cat([layers(slab) for slab in x.split(max(1, SLAB // hidden))])
+    return torch.cat([layers(slab) for slab in x.split(max(1, caches() * SLAB // hidden))])

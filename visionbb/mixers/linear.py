@@ -10,7 +10,7 @@ from torch import nn
 from ..kernels._dispatch import eager_inference
 
 # PyTorch sends float32 to MKL. oneDNN, which it holds too, takes 0.7 to 0.9 of MKL's time for the products of backbones
-# on the x86 processors measured (tools/results/linear_*_cpu.json), but some 30 us to start.
+# on the x86 processors measured, but some 30 us to start.
 MIN_PRODUCTS = 2**25
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 

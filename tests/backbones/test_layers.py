@@ -109,3 +109,14 @@ def test_an_mlp_fused_with_its_activation(monkeypatch):
         mlp, x = TokenMlp(8, 32, act), torch.randn(2, 9, 7, 8)
         with torch.no_grad():
             torch.testing.assert_close(mlp(x), mlp.fc2(mlp.act(F.linear(x, mlp.fc1.weight, mlp.fc1.bias))))
+
+
+def test_norms_that_use_the_batch_are_not_folded():
+    model, x = stem(nn.ReLU), torch.randn(4, 3, 16, 16)
+    model[1].train()
+    model[4].running_mean = model[4].running_var = None
+    before = model[1].running_mean.clone()
+    with torch.no_grad():
+        got = model(x)
+        assert not torch.equal(model[1].running_mean, before)
+        torch.testing.assert_close(got, one_by_one(model, x), rtol=1e-5, atol=1e-5)

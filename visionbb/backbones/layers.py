@@ -60,7 +60,7 @@ class ConvNormActs(nn.Sequential):
         while modules:
             module = modules.pop(0)
             if isinstance(module, nn.Conv2d):
-                norm = modules.pop(0) if modules and type(modules[0]) is nn.BatchNorm2d else None
+                norm = modules.pop(0) if modules and foldable(modules[0]) else None
                 act = modules.pop(0) if modules and type(modules[0]) in ONEDNN_ACTS else None
                 x = conv_norm_act(x, module, norm, act)
             else:
@@ -81,6 +81,11 @@ def conv_norm_act(
     return torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, *onednn_act(act)
     )
+
+
+def foldable(norm: nn.Module) -> bool:
+    """Whether a layer is a batch norm with fixed statistics and with weights."""
+    return type(norm) is nn.BatchNorm2d and not norm.training and norm.running_mean is not None and norm.affine
 
 
 def folded(

@@ -132,8 +132,7 @@ class MambaMixer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate = F.silu(self.act_proj(x), inplace=True)
-        x = self.dwc(self.in_proj(x))
-        x = F.silu(x, inplace=not x.requires_grad)
+        x = F.silu(self.dwc(self.in_proj(x)))
         return self.out_proj(self.attn(x, gate))
 
 

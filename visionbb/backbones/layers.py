@@ -68,6 +68,18 @@ class ConvNormActs(nn.Sequential):
         return x
 
 
+@register_notrace_module  # asks for the device and type of its input
+class MapConvNormActs(ConvNormActs):
+    """`ConvNormActs` on (B, H, W, C)."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.permute(0, 3, 1, 2)
+        if torch.jit.is_scripting():
+            return self.layers(x).permute(0, 2, 3, 1)
+        else:
+            return super().forward(x).permute(0, 2, 3, 1)
+
+
 def conv_norm_act(
     x: torch.Tensor, conv: nn.Conv2d, norm: nn.BatchNorm2d | None, act: nn.Module | None
 ) -> torch.Tensor:

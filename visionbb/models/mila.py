@@ -21,7 +21,7 @@ from timm.models import generate_default_cfgs, register_notrace_module
 from torch import nn
 
 from ..backbones import Block, Pyramid, keep_native, renamed
-from ..backbones.layers import ConvNormActs, PointwiseConv, conv_norm_acts, in_slabs
+from ..backbones.layers import MapConvNormActs, PointwiseConv, conv_norm_acts, in_slabs
 from ..mixers import DepthwiseConv, LinearAttention
 from ..mixers.linear import Linear
 from ._registry import create_from, imagenet_cfg, register_variants
@@ -89,8 +89,7 @@ class Stem(nn.Module):
         return self.conv3(self.conv2(x).add_(x)).permute(0, 2, 3, 1)
 
 
-@register_notrace_module  # asks for the device and type of its input
-class Downsample(ConvNormActs):
+class Downsample(MapConvNormActs):
     """An inverted bottleneck of stride 2, (B, H, W, in_dim) to (B, H/2, W/2, dim)."""
 
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
@@ -104,13 +103,6 @@ class Downsample(ConvNormActs):
             reduce=PointwiseConv(hidden, dim, **dd),
             norm=nn.BatchNorm2d(dim, **dd),
         ))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 3, 1, 2)
-        if torch.jit.is_scripting():
-            return self.layers(x).permute(0, 2, 3, 1)
-        else:
-            return super().forward(x).permute(0, 2, 3, 1)
 
 
 class MambaMixer(nn.Module):

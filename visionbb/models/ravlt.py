@@ -25,7 +25,7 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from ..backbones import Block, Pyramid, keep_native, renamed
-from ..backbones.layers import ConvNormActs, conv_norm_acts, init_convs
+from ..backbones.layers import MapConvNormActs, conv_norm_acts, init_convs
 from ..mixers import LinearAttention, SoftmaxAttention
 from ..mixers.linear import Linear
 from ._registry import create_from, imagenet_cfg, register_variants
@@ -89,7 +89,7 @@ class ConvStem(nn.Module):
         return self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1)
 
 
-class ConvDownsample(ConvNormActs):
+class ConvDownsample(MapConvNormActs):
     """3x3 convolution of stride 2 and batch norm, (B, H, W, in_dim) to (B, H/2, W/2, dim)."""
 
     def __init__(self, in_dim: int, dim: int, device=None, dtype=None):
@@ -97,13 +97,6 @@ class ConvDownsample(ConvNormActs):
         super().__init__(
             OrderedDict(reduction=nn.Conv2d(in_dim, dim, 3, 2, 1, **dd), norm=nn.BatchNorm2d(dim, **dd))
         )
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.permute(0, 3, 1, 2)
-        if torch.jit.is_scripting():
-            return self.layers(x).permute(0, 2, 3, 1)
-        else:
-            return super().forward(x).permute(0, 2, 3, 1)
 
 
 class ProjectedHead(ClassifierHead):

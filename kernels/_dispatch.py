@@ -73,15 +73,19 @@ def eager_inference(*tensors: torch.Tensor | None) -> bool:
     There an op may run without PyTorch's dispatcher (some 60 us a call for ops written in Python), or by functions that
     know nothing of all these.
     """
-    return not (
-        torch.compiler.is_compiling()
-        or torch.jit.is_tracing()
-        or exporting()
-        or any(t is not None and (t.is_meta or (t.requires_grad and torch.is_grad_enabled())) for t in tensors)
+    if (
+        torch.compiler.is_compiling()  # under torch.export too
+        or torch.jit.is_tracing()  # as the older of the two ONNX exporters does
         or torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors
         or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp
         or torch.autograd.forward_ad._current_level >= 0
-    )
+    ):
+        return False
+    grad = torch.is_grad_enabled()
+    for t in tensors:
+        if t is not None and (t.is_meta or (grad and t.requires_grad)):
+            return False
+    return True
 
 
 def caches() -> int:

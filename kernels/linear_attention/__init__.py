@@ -80,10 +80,12 @@ def linear_attention(
     form = Form(feature_map, normalizer, float(scale), float(eps), rotary)
     if reference_chosen():
         return reference.linear_attention(q, k, v, key_weight, local, gate, form)
+    tensors = q, k, v, key_weight, local, gate
+    if eager_inference(*tensors):
+        return _path(q, v, form).forward(*tensors, form)[0]
     if exporting():
-        return portable.exportable(q, k, v, key_weight, local, gate, form)
-    op = _forward if eager_inference(q, k, v, key_weight, local, gate) else torch.ops.visionbb.linear_attention
-    return op(q, k, v, key_weight, local, gate, *_flat(form))[0]
+        return portable.exportable(*tensors, form)
+    return torch.ops.visionbb.linear_attention(*tensors, *_flat(form))[0]
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------

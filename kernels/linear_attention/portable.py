@@ -18,7 +18,6 @@ from .state import State, empty_state
 
 LOG2E = math.log2(math.e)
 CACHED = 2**18  # numbers of a map that are worked on at once, a thread
-TINY = 2**12  # numbers of an image that are copied at less than the price of a call
 
 
 def _features(x: torch.Tensor, name: str, wide: torch.dtype) -> torch.Tensor:
@@ -60,13 +59,13 @@ def _columns(x: torch.Tensor) -> torch.Tensor:
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """a @ b of (images, heads, rows, columns).
 
-    Image by image, for heads and images together would have to be copied; that costs less than the calls for tiny maps.
+    Image by image or head by head, whichever are fewer: heads and images together would have to be copied.
     """
-    if max(a[0].numel(), b[0].numel()) <= TINY:
-        return a @ b
+    if a.shape[1] < a.shape[0]:
+        return _product(a.transpose(0, 1), b.transpose(0, 1)).transpose(0, 1)
     out = a.new_empty(*a.shape[:-1], b.shape[-1])
-    for image in zip(a, b, out, strict=True):
-        torch.bmm(image[0], image[1], out=image[2])
+    for i in range(a.shape[0]):
+        torch.bmm(a[i], b[i], out=out[i])
     return out
 
 

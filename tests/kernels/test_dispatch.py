@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import threading
 
 import pytest
@@ -109,4 +110,12 @@ def test_what_counts_as_plain_inference():
     torch.jit.trace(lambda y: seen.append(_dispatch.eager_inference(y)) or y + 1, x.detach(), check_trace=False)
     with torch.no_grad():
         seen.append(not _dispatch.eager_inference(x))
-    assert not any(seen)
+
+        class Asks(torch.nn.Module):
+            def forward(self, y):
+                seen.append(_dispatch.eager_inference(y))
+                return y + 1
+
+        torch.export.export(Asks(), (x.detach(),), strict=False)
+        torch.onnx.export(Asks(), (x.detach(),), io.BytesIO(), dynamo=False)
+    assert len(seen) >= 5 and not any(seen)

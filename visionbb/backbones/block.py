@@ -9,19 +9,8 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..mixers.conv import DepthwiseConv
-from ..mixers.linear import Linear
+from ..mixers.linear import Linear, linear_act
 from .layers import TokenMlp, in_slabs
-
-
-@register_notrace_module  # asks whether a gradient needs the input
-class InplaceGELU(nn.Module):
-    """GELU in the memory of its input: on a CPU, fresh memory for a wide map costs more than the function.
-
-    An input that a gradient goes back to is kept.
-    """
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return F.gelu(x) if x.requires_grad else torch.ops.aten.gelu_(x)
 
 
 @register_notrace_module  # slabs by the size of the map
@@ -60,8 +49,12 @@ class ConvMlp(nn.Module):
             return in_slabs(self.layers, x, 2 * x.shape[1] * x.shape[2] * self.fc1.out_features)
 
     def layers(self, x: torch.Tensor) -> torch.Tensor:
-        x = self.fc1(x)
-        x = self.drop1(self.act(self.conv(x))) if self.act_last else self.conv(self.drop1(self.act(x)))
+        if self.act_last:
+            x = self.drop1(self.act(self.conv(self.fc1(x))))
+        elif torch.jit.is_scripting():
+            x = self.conv(self.drop1(self.act(self.fc1(x))))
+        else:
+            x = self.conv(self.drop1(linear_act(x, self.fc1, self.act)))
         return self.drop2(self.fc2(x))
 
 

@@ -54,7 +54,7 @@ class ConvNormActs(nn.Sequential):
         return widest
 
     def fused(self, x: torch.Tensor) -> torch.Tensor:
-        if watched(self) or not onednn_infers(x, *self.parameters()):
+        if watched(*self) or not onednn_infers(x, *self.parameters()):
             return self.layers(x)
         modules = list(self)
         while modules:
@@ -143,8 +143,8 @@ def init_convs(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-WIDEST_HIDDEN = 2**24  # bytes: malloc hands blocks above 32 MiB back to the system, which clears them page by page
-SLAB = 2**19  # numbers of a hidden layer that stay in cache, a thread
+WIDEST_HIDDEN = 2**25  # bytes: malloc hands larger blocks back to the system, which clears them page by page
+SLAB = 2**20  # numbers of a hidden layer that stay in cache, a thread
 
 
 @register_notrace_module  # slabs by the number of tokens

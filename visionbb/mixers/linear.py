@@ -17,14 +17,12 @@ HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backend
 
 def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether a layer may be oneDNN's own, which knows no gradient: float32 on an x86 CPU that only infers."""
-    return (
-        HAS_ONEDNN
-        and eager_inference(x, *weights)
-        and x.device.type == "cpu"
-        and all(t is None or t.dtype == torch.float32 for t in (x, *weights))
-        and torch._C._get_mkldnn_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
+    if not (HAS_ONEDNN and eager_inference(x, *weights) and x.is_cpu and torch._C._get_mkldnn_enabled()):
+        return False
+    for t in (x, *weights):
+        if t is not None and t.dtype != torch.float32:
+            return False
+    return not torch.is_autocast_enabled("cpu")
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
@@ -58,8 +56,21 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
 
 
+@register_notrace_module  # asks whether a gradient needs the input
+class InplaceGELU(nn.GELU):
+    """GELU in the memory of its input: on a CPU, fresh memory for a wide map costs more than the function.
+
+    An input that a gradient goes back to is kept.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        if x.requires_grad:
+            return F.gelu(x, approximate=self.approximate)
+        return torch.ops.aten.gelu_(x, approximate=self.approximate)
+
+
 # Activations that oneDNN applies to what it writes, by its names for them.
-ONEDNN_ACTS = {nn.ReLU: "relu", nn.GELU: "gelu"}
+ONEDNN_ACTS = {nn.ReLU: "relu", nn.GELU: "gelu", InplaceGELU: "gelu"}
 
 
 def onednn_act(act: nn.Module | None) -> tuple[str, list, str]:
@@ -67,9 +78,12 @@ def onednn_act(act: nn.Module | None) -> tuple[str, list, str]:
     return ("none" if act is None else ONEDNN_ACTS[type(act)]), [], getattr(act, "approximate", "")
 
 
-def watched(*modules: nn.Module) -> bool:
-    """Whether hooks see what goes through modules."""
-    return any(layer._forward_hooks or layer._forward_pre_hooks for module in modules for layer in module.modules())
+def watched(*layers: nn.Module) -> bool:
+    """Whether hooks see what goes through layers."""
+    for layer in layers:
+        if layer._forward_hooks or layer._forward_pre_hooks:
+            return True
+    return bool(nn.modules.module._has_any_global_hook())
 
 
 @register_notrace_module  # asks for the size and type of its input

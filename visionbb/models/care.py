@@ -21,10 +21,10 @@ from timm.models import generate_default_cfgs
 from torch import nn
 
 from ..backbones import PatchConv, Pyramid, keep_native, renamed
-from ..backbones.block import InplaceGELU, Residual
+from ..backbones.block import Residual
 from ..backbones.layers import init_convs
 from ..mixers import DepthwiseConv, LinearAttention
-from ..mixers.linear import Linear
+from ..mixers.linear import InplaceGELU, Linear
 from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)

@@ -82,10 +82,7 @@ def eager_inference(*tensors: torch.Tensor | None) -> bool:
     ):
         return False
     grad = torch.is_grad_enabled()
-    for t in tensors:
-        if t is not None and (t.is_meta or (grad and t.requires_grad)):
-            return False
-    return True
+    return all(t is None or not (t.is_meta or (grad and t.requires_grad)) for t in tensors)
 
 
 def caches() -> int:

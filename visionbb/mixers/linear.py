@@ -80,10 +80,8 @@ def onednn_act(act: nn.Module | None) -> tuple[str, list, str]:
 
 def watched(*layers: nn.Module) -> bool:
     """Whether hooks see what goes through layers."""
-    for layer in layers:
-        if layer._forward_hooks or layer._forward_pre_hooks:
-            return True
-    return bool(nn.modules.module._has_any_global_hook())
+    hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
+    return hooked or bool(nn.modules.module._has_any_global_hook())
 
 
 @register_notrace_module  # asks for the size and type of its input

@@ -26,8 +26,7 @@ import torch.nn.functional as F
 from .._dispatch import caches, exporting
 from .window import Window, axis_range
 
-# Keys and values of the strips of one chunk of images, in bytes a thread. The backward calls more operators a chunk.
-FORWARD_CHUNK, BACKWARD_CHUNK = 5 << 20, 4 << 20
+CHUNK = 12 << 20  # keys and values of the strips of one chunk of images, in bytes a thread
 TILE_HEIGHTS, TILE_WIDTHS = range(1, 17), range(4, 33)
 LOG2E = math.log2(math.e)
 
@@ -108,7 +107,7 @@ def _cost(rows: Axis, cols: Axis) -> float:
     """Rough time of a tiling, ns a head, from measurements on x86: scores, calls, copies."""
     T, S = rows.T * cols.T, rows.S * cols.S
     tiles = len(rows.query) * (4 * T * S + 5000 * math.ceil(T / 32) + 1500)  # the kernel takes 32 queries at a time
-    copies = 0 if _whole(rows, cols) else 110 * rows.length * (cols.T + cols.S)
+    copies = 0 if _whole(rows, cols) else 90 * rows.length * (cols.T + cols.S)
     return rows.groups * cols.groups * len(cols.query) * (tiles + copies)
 
 
@@ -130,6 +129,16 @@ class Part(NamedTuple):
     @property
     def strips(self) -> int:
         return len(self.cols.query)
+
+    @property
+    def apart(self) -> bool:
+        """Whether one strip holds all keys of its group, so that no key stands in two."""
+        return self.strips == 1 and self.cols.length == self.cols.S
+
+    @property
+    def single(self) -> bool:
+        """Whether one tile holds all keys of its strip."""
+        return len(self.rows.query) == 1 and self.rows.length == self.rows.S
 
 
 @functools.lru_cache(maxsize=128)
@@ -319,7 +328,7 @@ def forward(
     for part in parts:
         rows, cols = part.rows, part.cols
         masks = _masks(part, rpb, window, q, heads)
-        limit = sys.maxsize if part.whole else FORWARD_CHUNK
+        limit = sys.maxsize if part.whole else CHUNK
         for images in _chunks(B, part, 2 * heads * d * q.element_size(), limit):
             sq, sk, sv = q[images], k[images], v[images]
             if part.whole:
@@ -395,23 +404,26 @@ def backward(
         delta = delta - dlse
     delta, lse2 = delta[..., None], lse[..., None] * LOG2E
     table = None if rpb is None else lse.new_zeros(heads, rpb[0].numel() + 1)  # the last column: masked pairs
-    for into in (dk, dv):
-        into.zero_()
+    parts = _plan(H, W, window, q.device)
+    if not all(part.apart for part in parts):
+        for into in (dk, dv):
+            into.zero_()
 
-    for part in _plan(H, W, window, q.device):
+    for part in parts:
         rows, cols = part.rows, part.cols
         masks = [None if mask is None else mask * LOG2E for mask in _masks(part, rpb, window, lse, heads)]
         dbias = None if rpb is None else lse.new_zeros(len(masks), part.strips * heads, part.T, part.S)
-        for images in _chunks(B, part, 2 * heads * d * q.element_size(), BACKWARD_CHUNK):
+        for images in _chunks(B, part, 2 * heads * d * q.element_size(), CHUNK):
             sq, sdo, sdelta, slse = (_cut(x[images], part).to(wide) for x in (q, dout, delta, lse2))
             sk, sv = (_cut(x[images], part, keys=True).to(wide) for x in (k, v))
-            gk, gv = torch.zeros_like(sk), torch.zeros_like(sv)
+            if not part.single:
+                gk, gv = torch.zeros_like(sk), torch.zeros_like(sv)
             batch = sq.shape[:2]
             for r, (query, key, mask) in enumerate(zip(rows.query, rows.key, masks, strict=True)):
                 tq, tdo, tdelta, tlse = (
                     _rows(x, query, rows.T, cols.T).flatten(0, 1) for x in (sq, sdo, sdelta, slse)
                 )
-                tk, tv, tgk, tgv = (_rows(x, key, rows.S, cols.S).flatten(0, 1) for x in (sk, sv, gk, gv))
+                tk, tv = (_rows(x, key, rows.S, cols.S).flatten(0, 1) for x in (sk, sv))
                 if part.spare is not None:  # a query must not count twice: its weights become 2 ** -inf
                     spare = part.spare[r].repeat_interleave(heads, 0).repeat(batch[0], 1)
                     tlse = tlse.masked_fill(spare[..., None], float("inf"))
@@ -421,14 +433,19 @@ def backward(
                     start = mask - tlse.unflatten(0, batch)
                     p = start.flatten(0, 1).baddbmm_(tq, tk.transpose(1, 2), alpha=scale * LOG2E)
                 p = p.exp2_()  # not exp: that of -inf is several times slower on a CPU
-                tgv += torch.bmm(p.transpose(1, 2), tdo)
-                ds = torch.bmm(tdo, tv.transpose(1, 2)).sub_(tdelta).mul_(p)
-                tgk += torch.bmm(ds.transpose(1, 2), tq)
+                tgv = torch.bmm(p.transpose(1, 2), tdo).unflatten(0, batch)
+                ds = torch.baddbmm(-tdelta, tdo, tv.transpose(1, 2)).mul_(p)
+                tgk = torch.bmm(ds.transpose(1, 2), tq).unflatten(0, batch)
+                if part.single:
+                    gk, gv = tgk, tgv
+                else:
+                    for grad, tile in ((gk, tgk), (gv, tgv)):
+                        _rows(grad, key, rows.S, cols.S).add_(tile)
                 _paste(torch.bmm(ds, tk).mul_(scale).unflatten(0, batch), dq[images], part, query)
                 if dbias is not None:
                     dbias[r] += ds.unflatten(0, batch).sum(0)
             for grad, into in ((gk.mul_(scale), dk), (gv, dv)):
-                _add_strips(grad, into[images], part)
+                _put_back(grad, into[images], part)
 
         if dbias is not None:
             by_pattern = dbias.new_zeros(len(part.pattern), *dbias.shape[1:])
@@ -438,10 +455,16 @@ def backward(
     return None if rpb is None else table[:, :-1].reshape(rpb.shape)
 
 
-def _add_strips(strips: torch.Tensor, x: torch.Tensor, part: Part) -> None:
-    """Adds keys' strips (B * groups, strips * heads, length * width, d) to their places in x (B, H, W, heads, d)."""
+def _put_back(strips: torch.Tensor, x: torch.Tensor, part: Part) -> None:
+    """Adds keys' strips (B * groups, strips * heads, length * width, d) to x (B, H, W, heads, d), or writes them there.
+
+    They are written where they stand apart: x need not be zero then.
+    """
     rows, cols = part.rows, part.cols
     strips = strips.view(len(x), rows.groups, cols.groups, part.strips, x.shape[3], rows.length, cols.S, x.shape[4])
     for which, view in _views(x, part, keys=True):
-        for i in range(which.start, which.stop):  # one by one: they overlap
-            view[:, :, :, i - which.start] += strips[:, :, :, i]
+        if part.apart:
+            view.copy_(strips)
+        else:
+            for i in range(which.start, which.stop):  # one by one: they overlap
+                view[:, :, :, i - which.start] += strips[:, :, :, i]

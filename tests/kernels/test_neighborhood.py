@@ -169,8 +169,7 @@ def test_chunks_of_images_do_not_show(monkeypatch):
     case = dict(shape=(5, 9, 9, 2, 4), bias=True, packed=True, seed=0,
                 args=dict(kernel_size=(3, 3), dilation=(1, 1), stride=(1, 1), causal=(False,) * 2, window="square"))
     whole = outcome(case, "portable", torch.float64)
-    monkeypatch.setattr(portable, "FORWARD_CHUNK", 1)
-    monkeypatch.setattr(portable, "BACKWARD_CHUNK", 1)
+    monkeypatch.setattr(portable, "CHUNK", 1)
     monkeypatch.setattr(portable, "TILE_WIDTHS", range(2, 4))
     portable._tables.cache_clear(), portable._kept_plan.cache_clear()
     for got, want in zip(outcome(case, "portable", torch.float64), whole):

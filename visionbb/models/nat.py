@@ -101,7 +101,8 @@ class ConvStem(nn.Module):
         self.norm = Norm(dim, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.norm(self.proj(x).permute(0, 2, 3, 1))
+        # Channels-last from the first layer on, so that none of the large early maps is ever transposed.
+        return self.norm(self.proj(x.contiguous(memory_format=torch.channels_last)).permute(0, 2, 3, 1))
 
 
 class ConvDownsample(nn.Module):

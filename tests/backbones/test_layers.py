@@ -111,6 +111,18 @@ def test_an_mlp_fused_with_its_activation(monkeypatch):
             torch.testing.assert_close(mlp(x), mlp.fc2(mlp.act(F.linear(x, mlp.fc1.weight, mlp.fc1.bias))))
 
 
+def test_hooks_on_all_modules_see_the_activation(monkeypatch):
+    monkeypatch.setattr(linear, "MIN_PRODUCTS", 0)
+    seen = []
+    hook = nn.modules.module.register_module_forward_hook(lambda module, *_: seen.append(type(module)))
+    try:
+        with torch.no_grad():
+            TokenMlp(8, 32)(torch.randn(2, 8))
+    finally:
+        hook.remove()
+    assert nn.GELU in seen
+
+
 def test_norms_that_use_the_batch_are_not_folded():
     model, x = stem(nn.ReLU), torch.randn(4, 3, 16, 16)
     model[1].train()

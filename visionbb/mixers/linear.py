@@ -17,12 +17,14 @@ HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backend
 
 def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether a layer may be oneDNN's own, which knows no gradient: float32 on an x86 CPU that only infers."""
-    if not (HAS_ONEDNN and eager_inference(x, *weights) and x.is_cpu and torch._C._get_mkldnn_enabled()):
-        return False
-    for t in (x, *weights):
-        if t is not None and t.dtype != torch.float32:
-            return False
-    return not torch.is_autocast_enabled("cpu")
+    return (
+        HAS_ONEDNN
+        and eager_inference(x, *weights)
+        and x.is_cpu
+        and all(t is None or t.dtype == torch.float32 for t in (x, *weights))
+        and torch._C._get_mkldnn_enabled()
+        and not torch.is_autocast_enabled("cpu")
+    )
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

@@ -10,7 +10,7 @@ from typing import Literal
 
 import torch
 
-from .._dispatch import eager_inference, exporting, reference_chosen, resolve
+from .._dispatch import direct, eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -77,9 +77,7 @@ def na2d(
     if q.ndim != 5:
         raise ValueError(f"q must be (B, H, W, heads, head_dim), got shape {tuple(q.shape)}")
     geometry, scale = _checked(q, rpb, kernel_size, dilation, stride, scale, causal, window, clip)
-    out, lse = _composite(q, k, v, rpb, geometry, scale, return_lse) or torch.ops.visionbb.na2d(
-        q, k, v, rpb, *geometry, scale
-    )
+    out, lse = _composite(q, k, v, rpb, geometry, scale, return_lse) or _na2d(q, k, v, rpb, *geometry, scale)
     return (out, lse) if return_lse else out
 
 
@@ -107,9 +105,7 @@ def na2d_qkvpacked(
         raise ValueError(f"qkv must be (B, H, W, 3, heads, head_dim), got shape {tuple(qkv.shape)}")
     q, k, v = qkv.unbind(3)
     geometry, scale = _checked(q, rpb, kernel_size, dilation, stride, scale, causal, window, clip)
-    out, lse = _composite(q, k, v, rpb, geometry, scale, return_lse) or torch.ops.visionbb.na2d_qkvpacked(
-        qkv, rpb, *geometry, scale
-    )
+    out, lse = _composite(q, k, v, rpb, geometry, scale, return_lse) or _na2d_qkvpacked(qkv, rpb, *geometry, scale)
     return (out, lse) if return_lse else out
 
 
@@ -237,31 +233,36 @@ def _drpb_fake(dout, rpb):
 
 
 def _register(name: str, tensors: str, split):
-    """Registers `visionbb::<name>` and its backward; `split` turns the op's input tensors into views (q, k, v)."""
+    """Registers `visionbb::<name>` and its backward; `split` turns the op's input tensors into views (q, k, v).
+
+    Returns the op by `direct`.
+    """
     n = tensors.count(",") + 1
     signature = ", ".join(f"Tensor {t}" for t in tensors.split(", "))
     grads = ", ".join(["Tensor"] * (n + 1))
 
-    @torch.library.custom_op(
-        f"visionbb::{name}", mutates_args=(), schema=f"({signature}, Tensor? rpb, {_GEOMETRY}) -> (Tensor, Tensor)"
-    )
-    def op(*args):
+    def run(*args):
         return _forward(*split(args[:n]), *args[n:])
+
+    op = torch.library.custom_op(
+        f"visionbb::{name}", run, mutates_args=(), schema=f"({signature}, Tensor? rpb, {_GEOMETRY}) -> (Tensor, Tensor)"
+    )
 
     @op.register_fake
     def _(*args):
         return _forward_fake(*split(args[:n]), *args[n:])
 
-    @torch.library.custom_op(
-        f"visionbb::{name}_backward", mutates_args=(),
-        schema=f"(Tensor dout, Tensor dlse, {signature}, Tensor? rpb, Tensor out, Tensor lse, {_GEOMETRY})"
-        f" -> ({grads})",
-    )
-    def backward_op(dout, dlse, *args):
+    def run_backward(dout, dlse, *args):
         inputs, (rpb, out, lse), geometry = args[:n], args[n : n + 3], args[n + 3 :]
         into = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
         drpb = _backward(dout.contiguous(), dlse, *split(inputs), rpb, out, lse, geometry, *split(into))
         return *into, drpb
+
+    backward_op = torch.library.custom_op(
+        f"visionbb::{name}_backward", run_backward, mutates_args=(),
+        schema=f"(Tensor dout, Tensor dlse, {signature}, Tensor? rpb, Tensor out, Tensor lse, {_GEOMETRY})"
+        f" -> ({grads})",
+    )
 
     @backward_op.register_fake
     def _(dout, dlse, *args):
@@ -274,7 +275,8 @@ def _register(name: str, tensors: str, split):
 
     def backward(ctx, dout, dlse):
         saved = ctx.saved_tensors  # once: activation checkpointing recomputes them when read
-        *grads, drpb = backward_op(dout, dlse, *saved, *ctx.geometry)
+        step = run_backward if eager_inference(dout, dlse, *saved) else backward_op
+        *grads, drpb = step(dout, dlse, *saved, *ctx.geometry)
         return *grads, None if saved[n] is None else drpb, *(None for _ in ctx.geometry)
 
     op.register_autograd(backward, setup_context=setup_context)
@@ -289,11 +291,12 @@ def _register(name: str, tensors: str, split):
     # Forward: q k^T and p v. Backward: the scores again, and one product each for dp, dq, dk and dv.
     register_flops(getattr(torch.ops.visionbb, name), lambda *a, out_shape=None, **kw: flops(*a, products=2))
     register_flops(getattr(torch.ops.visionbb, f"{name}_backward"), backward_flops)
+    return direct(op, run, setup_context, backward)
 
 
 def _query_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:3], *shape[-2:])
 
 
-_register("na2d", "q, k, v", lambda tensors: tensors)
-_register("na2d_qkvpacked", "qkv", lambda tensors: tensors[0].unbind(3))
+_na2d = _register("na2d", "q, k, v", lambda tensors: tensors)
+_na2d_qkvpacked = _register("na2d_qkvpacked", "qkv", lambda tensors: tensors[0].unbind(3))

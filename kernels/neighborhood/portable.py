@@ -131,11 +131,6 @@ class Part(NamedTuple):
         return len(self.cols.query)
 
     @property
-    def apart(self) -> bool:
-        """Whether one strip holds all keys of its group, so that no key stands in two."""
-        return self.strips == 1 and self.cols.length == self.cols.S
-
-    @property
     def single(self) -> bool:
         """Whether one tile holds all keys of its strip."""
         return len(self.rows.query) == 1 and self.rows.length == self.rows.S
@@ -200,6 +195,7 @@ def _plan(H: int, W: int, window: Window, device: torch.device) -> list[Part]:
 
 # ---- Moving strips --------------------------------------------------------------------------------------------------
 
+@functools.lru_cache(maxsize=128)
 def _runs(starts: tuple[int, ...], step: int | None = None) -> list[tuple[slice, int, int]]:
     """Splits strips into runs of evenly spaced starts (apart by `step`, if given): (strips, first start, spacing)."""
     runs, low = [], 0
@@ -234,30 +230,35 @@ def _views(
         yield strips, x.as_strided(size, stride, origin + first * dw)
 
 
+def _some(strips: torch.Tensor, which: slice) -> torch.Tensor:
+    """Some of strips (B, row groups, column groups, strips, heads, rows, width, d)."""
+    return strips.narrow(3, which.start, which.stop - which.start)
+
+
 def _cut(x: torch.Tensor, part: Part, keys: bool = False) -> torch.Tensor:
-    """Copies x (B, H, W, heads, d) into strips: (B * groups, strips * heads, length * width, d)."""
+    """Copies x (B, H, W, heads, d) into strips: (B * groups * strips * heads, length * width, d)."""
     (B, _, _, heads, d), (rows, cols) = x.shape, (part.rows, part.cols)
     width = cols.S if keys else cols.T
     strips = x.new_empty(B, rows.groups, cols.groups, part.strips, heads, rows.length, width, d)
     for which, view in _views(x, part, keys):
-        strips[:, :, :, which] = view
-    return strips.view(-1, part.strips * heads, rows.length * width, d)
+        _some(strips, which).copy_(view)
+    return strips.view(-1, rows.length * width, d)
 
 
 def _paste(tiles: torch.Tensor, x: torch.Tensor, part: Part, start: int) -> None:
-    """Writes a row of query tiles (B * groups, strips * heads, T, d) to their places in x (B, H, W, heads, d).
+    """Writes a row of query tiles (B * groups * strips * heads, T, d) to their places in x (B, H, W, heads, d).
 
     Of two on one place the owner is last, if rows are written in order.
     """
     rows, cols = part.rows, part.cols
     tiles = tiles.reshape(len(x), rows.groups, cols.groups, part.strips, x.shape[3], rows.T, cols.T, x.shape[4])
     for which, view in _views(x, part, start=start, stop=start + rows.T, step=cols.T):
-        view.copy_(tiles[:, :, :, which])
+        view.copy_(_some(tiles, which))
 
 
 def _rows(strips: torch.Tensor, start: int, height: int, width: int) -> torch.Tensor:
     """Rows start:start + height of strips (..., length * width, d)."""
-    return strips[..., start * width : (start + height) * width, :]
+    return strips.narrow(-2, start * width, height * width)
 
 
 def _bias(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Tensor) -> torch.Tensor | None:
@@ -334,7 +335,8 @@ def forward(
             if part.whole:
                 sq, sk, sv = (x.flatten(1, 2).transpose(1, 2) for x in (sq, sk, sv))
             else:
-                sq, sk, sv = _cut(sq, part), _cut(sk, part, keys=True), _cut(sv, part, keys=True)
+                strips = _cut(sq, part), _cut(sk, part, keys=True), _cut(sv, part, keys=True)
+                sq, sk, sv = (x.unflatten(0, (-1, part.strips * heads)) for x in strips)
             for query, key, mask in zip(rows.query, rows.key, masks, strict=True):
                 tk, tv = (_rows(x, key, rows.S, cols.S) for x in (sk, sv))
                 o, l = _attend(_rows(sq, query, rows.T, cols.T), tk, tv, mask, scale)
@@ -402,69 +404,66 @@ def backward(
     delta = (dout.to(wide) * out).sum(-1)
     if dlse is not None:
         delta = delta - dlse
-    delta, lse2 = delta[..., None], lse[..., None] * LOG2E
+    less = torch.stack((lse * -LOG2E, -delta), -1)  # what is added to the scores and to dP
+    bias = None if rpb is None else rpb.to(lse.dtype) * LOG2E
     table = None if rpb is None else lse.new_zeros(heads, rpb[0].numel() + 1)  # the last column: masked pairs
-    parts = _plan(H, W, window, q.device)
-    if not all(part.apart for part in parts):
-        for into in (dk, dv):
-            into.zero_()
-
-    for part in parts:
+    for part in _plan(H, W, window, q.device):
         rows, cols = part.rows, part.cols
-        masks = [None if mask is None else mask * LOG2E for mask in _masks(part, rpb, window, lse, heads)]
-        dbias = None if rpb is None else lse.new_zeros(len(masks), part.strips * heads, part.T, part.S)
+        masks = _masks(part, bias, window, lse, heads)
+        dbias = None if rpb is None else lse.new_zeros(len(part.pattern), part.strips * heads, part.T, part.S)
         for images in _chunks(B, part, 2 * heads * d * q.element_size(), CHUNK):
-            sq, sdo, sdelta, slse = (_cut(x[images], part).to(wide) for x in (q, dout, delta, lse2))
+            sq, sdo, sless = (_cut(x[images], part).to(wide) for x in (q, dout, less))
             sk, sv = (_cut(x[images], part, keys=True).to(wide) for x in (k, v))
             if not part.single:
                 gk, gv = torch.zeros_like(sk), torch.zeros_like(sv)
-            batch = sq.shape[:2]
+            dq_images = dq[images]
             for r, (query, key, mask) in enumerate(zip(rows.query, rows.key, masks, strict=True)):
-                tq, tdo, tdelta, tlse = (
-                    _rows(x, query, rows.T, cols.T).flatten(0, 1) for x in (sq, sdo, sdelta, slse)
-                )
-                tk, tv = (_rows(x, key, rows.S, cols.S).flatten(0, 1) for x in (sk, sv))
+                tq, tdo, tless = (_rows(x, query, rows.T, cols.T) for x in (sq, sdo, sless))
+                tk, tv = (_rows(x, key, rows.S, cols.S) for x in (sk, sv))
+                tlse, tdelta = tless.split(1, -1)
                 if part.spare is not None:  # a query must not count twice: its weights become 2 ** -inf
-                    spare = part.spare[r].repeat_interleave(heads, 0).repeat(batch[0], 1)
-                    tlse = tlse.masked_fill(spare[..., None], float("inf"))
+                    spare = part.spare[r].repeat_interleave(heads, 0).repeat(len(tq) // (part.strips * heads), 1)
+                    tlse = tlse.masked_fill(spare[..., None], float("-inf"))
                 if mask is None:
-                    p = torch.baddbmm(-tlse, tq, tk.transpose(1, 2), alpha=scale * LOG2E)
+                    p = torch.baddbmm(tlse, tq, tk.transpose(1, 2), alpha=scale * LOG2E)
                 else:
-                    start = mask - tlse.unflatten(0, batch)
-                    p = start.flatten(0, 1).baddbmm_(tq, tk.transpose(1, 2), alpha=scale * LOG2E)
+                    start = (mask + tlse.view(-1, mask.shape[1], part.T, 1)).flatten(0, 1)
+                    p = start.baddbmm_(tq, tk.transpose(1, 2), alpha=scale * LOG2E)
                 p = p.exp2_()  # not exp: that of -inf is several times slower on a CPU
-                tgv = torch.bmm(p.transpose(1, 2), tdo).unflatten(0, batch)
-                ds = torch.baddbmm(-tdelta, tdo, tv.transpose(1, 2)).mul_(p)
-                tgk = torch.bmm(ds.transpose(1, 2), tq).unflatten(0, batch)
+                tgv = torch.bmm(p.transpose(1, 2), tdo)
+                ds = torch.baddbmm(tdelta, tdo, tv.transpose(1, 2)).mul_(p)
+                tgk = torch.bmm(ds.transpose(1, 2), tq)
                 if part.single:
                     gk, gv = tgk, tgv
                 else:
-                    for grad, tile in ((gk, tgk), (gv, tgv)):
-                        _rows(grad, key, rows.S, cols.S).add_(tile)
-                _paste(torch.bmm(ds, tk).mul_(scale).unflatten(0, batch), dq[images], part, query)
+                    _rows(gk, key, rows.S, cols.S).add_(tgk)
+                    _rows(gv, key, rows.S, cols.S).add_(tgv)
+                _paste(torch.bmm(ds, tk).mul_(scale), dq_images, part, query)
                 if dbias is not None:
-                    dbias[r] += ds.unflatten(0, batch).sum(0)
-            for grad, into in ((gk.mul_(scale), dk), (gv, dv)):
-                _put_back(grad, into[images], part)
+                    into = dbias[part.row_pattern[r]]
+                    into.add_(ds.view(-1, *into.shape).sum(0))
+            _put_back(gk.mul_(scale), dk[images], part)
+            _put_back(gv, dv[images], part)
 
         if dbias is not None:
-            by_pattern = dbias.new_zeros(len(part.pattern), *dbias.shape[1:])
-            by_pattern.index_add_(0, torch.tensor(part.row_pattern, device=q.device), dbias)
-            by_pattern = by_pattern.unflatten(1, (part.strips, heads)).transpose(1, 2).transpose(0, 1)
-            table.scatter_add_(1, part.pattern.flatten().expand(heads, -1), by_pattern.flatten(1))
+            by_head = dbias.unflatten(1, (part.strips, heads)).movedim(2, 0).flatten(1)
+            table.scatter_add_(1, part.pattern.flatten().expand(heads, -1), by_head)
     return None if rpb is None else table[:, :-1].reshape(rpb.shape)
 
 
 def _put_back(strips: torch.Tensor, x: torch.Tensor, part: Part) -> None:
-    """Adds keys' strips (B * groups, strips * heads, length * width, d) to x (B, H, W, heads, d), or writes them there.
+    """Writes the sums of keys' strips (B * groups * strips * heads, length * width, d) to x (B, H, W, heads, d).
 
-    They are written where they stand apart: x need not be zero then.
+    Every key stands in a strip, being the query of a window that holds it.
     """
     rows, cols = part.rows, part.cols
     strips = strips.view(len(x), rows.groups, cols.groups, part.strips, x.shape[3], rows.length, cols.S, x.shape[4])
+    written = 0  # columns
     for which, view in _views(x, part, keys=True):
-        if part.apart:
-            view.copy_(strips)
-        else:
-            for i in range(which.start, which.stop):  # one by one: they overlap
-                view[:, :, :, i - which.start] += strips[:, :, :, i]
+        for i in range(which.start, which.stop):  # one by one: they overlap
+            into, strip = view.select(3, i - which.start), strips.select(3, i)
+            shared = max(written - cols.key[i], 0)
+            if shared:
+                into.narrow(-2, 0, shared).add_(strip.narrow(-2, 0, shared))
+            into.narrow(-2, shared, cols.S - shared).copy_(strip.narrow(-2, shared, cols.S - shared))
+            written = cols.key[i] + cols.S

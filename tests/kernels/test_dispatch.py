@@ -73,6 +73,7 @@ CALLS = {
     "attention_column_mean": lambda: attention_column_mean(random(1, 2, 6, 8), random(1, 2, 6, 8)),
 }
 WITHOUT_GRADIENT = {"token_match", "attention_column_mean"}
+DIRECT = {"na2d_qkvpacked"}
 
 
 @pytest.mark.parametrize("name", CALLS)
@@ -84,7 +85,7 @@ def test_plain_inference_passes_the_dispatcher_by(name):
         return f"visionbb::{name}" in {event.name for event in profile.function_events}, result
 
     registered, expected = outcome()
-    assert registered == (name not in WITHOUT_GRADIENT)
+    assert registered == (name not in WITHOUT_GRADIENT | DIRECT)
     with torch.no_grad():
         registered, result = outcome()
         assert not registered
@@ -92,6 +93,33 @@ def test_plain_inference_passes_the_dispatcher_by(name):
         registered, result = outcome(lambda: FlopCounterMode(display=False))
         assert registered
         torch.testing.assert_close(result, expected)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+def test_training_passes_the_dispatcher_by(name):
+    def outcome(watch):
+        torch.manual_seed(0)
+        with torch.autograd.profiler.profile() as profile, watch:
+            result = sum(x.square().sum() for x in CALLS[name]())
+            result.backward()
+        ops = {event.name for event in profile.function_events}
+        return {f"visionbb::{name}", f"visionbb::{name}_backward"} & ops, result
+
+    ops, got = outcome(contextlib.nullcontext())
+    assert not ops
+    ops, want = outcome(FlopCounterMode(display=False))
+    assert len(ops) == 2
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("name", DIRECT)
+@pytest.mark.parametrize("watch", [contextlib.nullcontext, lambda: FlopCounterMode(display=False)])
+def test_no_second_gradient_is_made_up(name, watch):
+    x = torch.randn(1, 5, 5, 3, 2, 4, requires_grad=True)
+    with watch():
+        grad, = torch.autograd.grad(na2d_qkvpacked(x, 3).square().sum(), x, create_graph=True)
+        with pytest.raises(RuntimeError, match="backward"):
+            grad.sum().backward()
 
 
 def test_what_counts_as_plain_inference():

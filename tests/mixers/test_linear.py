@@ -18,8 +18,10 @@ def small_products(monkeypatch):
 @pytest.fixture
 def calls(monkeypatch):
     """How often oneDNN was asked."""
-    made, chosen = [], module._by_onednn
-    monkeypatch.setattr(module, "_by_onednn", lambda *args: chosen(*args) and made.append(1) is None)
+    made = []
+    for name in ("_by_onednn", "_trained_by_onednn"):
+        chosen = getattr(module, name)
+        monkeypatch.setattr(module, name, lambda *args, chosen=chosen: chosen(*args) and made.append(1) is None)
     return made
 
 
@@ -40,7 +42,7 @@ def test_onednn_gives_the_same_product(shape, bias, calls):
 
 
 @onednn
-def test_inference_alone_is_onednns(calls):
+def test_inference_is_onednns_whatever_the_mode(calls):
     x, weight, bias = tensors()
     linear(x, weight, bias)
     with torch.inference_mode():
@@ -49,11 +51,35 @@ def test_inference_alone_is_onednns(calls):
     assert len(calls) == 3
 
 
+@onednn
+@pytest.mark.parametrize("shape", [(1, 3), (2, 5, 7), (40, 2, 3)])  # the last: rows enough for oneDNN's gradient of x
+@pytest.mark.parametrize("wants", [(1, 1, 1), (1, 0, 0), (0, 1, 0), (0, 0, 1)])
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_gradients_are_pytorchs(shape, wants, contiguous, calls):
+    x, weight, bias = (t.requires_grad_(bool(want)) for t, want in zip(tensors(shape), wants, strict=True))
+    inputs = [t for t in (x, weight, bias) if t.requires_grad]
+    dout = torch.randn(*shape[:-1], len(weight)) if contiguous else torch.randn(shape[0], *[1] * (len(shape) - 1))
+    outs = linear(x, weight, bias), F.linear(x, weight, bias)
+    assert len(calls) == 1
+    got, want = (torch.autograd.grad(out, inputs, dout.expand_as(out)) for out in outs)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@onednn
+def test_second_gradients_are_pytorchs(calls):
+    x, weight, bias = (t.requires_grad_() for t in tensors((64, 4)))
+    seconds = []
+    for f in (linear, F.linear):
+        first = torch.autograd.grad(f(x, weight, bias).tanh().sum(), (x, weight, bias), create_graph=True)
+        seconds.append(torch.autograd.grad(sum(g.square().sum() for g in first), (x, weight)))
+    assert len(calls) == 1
+    for a, b in zip(*seconds, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
 def test_everything_else_is_pytorchs(calls):
     x, weight, bias = tensors()
-    linear(x.requires_grad_(), weight, bias).sum().backward()
-    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
-    x = x.detach()
     torch.testing.assert_close(torch.func.vmap(linear, (0, None, None))(x, weight, bias), F.linear(x, weight, bias))
     with dual_level():
         linear(x, weight, bias)

@@ -7,38 +7,66 @@ import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 
-from ..kernels._dispatch import eager_inference
+from ..kernels._dispatch import eager_inference, unwatched
 
 # PyTorch sends float32 to MKL. oneDNN, which it holds too, takes 0.7 to 0.9 of MKL's time for the products of backbones
 # on the x86 processors measured, but some 30 us to start.
-MIN_PRODUCTS = 2**25
+MIN_PRODUCTS = 2**24
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
-def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
-    """Whether a layer may be oneDNN's own, which knows no gradient: float32 on an x86 CPU that only infers."""
+def _onednn_knows(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     return (
-        HAS_ONEDNN
-        and eager_inference(x, *weights)
-        and x.is_cpu
+        x.is_cpu
         and all(t is None or t.dtype == torch.float32 for t in (x, *weights))
         and torch._C._get_mkldnn_enabled()
         and not torch.is_autocast_enabled("cpu")
     )
 
 
+def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
+    """Whether a layer may be oneDNN's own, which knows no gradient: float32 on an x86 CPU that only infers."""
+    return HAS_ONEDNN and eager_inference(x, *weights) and _onednn_knows(x, *weights)
+
+
+def _large(x: torch.Tensor, weight: torch.Tensor) -> bool:
+    return x.numel() * weight.shape[0] >= MIN_PRODUCTS and x.is_contiguous() and weight.is_contiguous()
+
+
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return (
-        onednn_infers(x, weight, bias)  # first: no graph may come to depend on a size
-        and x.numel() * weight.shape[0] >= MIN_PRODUCTS
-        and x.is_contiguous()
-        and weight.is_contiguous()
-    )
+    return onednn_infers(x, weight, bias) and _large(x, weight)  # in this order: no graph may come to depend on a size
+
+
+def _trained_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    return HAS_ONEDNN and unwatched() and _onednn_knows(x, weight, bias) and _large(x, weight)
+
+
+class _Linear(torch.autograd.Function):
+    """oneDNN's product with gradients. PyTorch's own first writes the bias to all rows, for MKL to add to."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias):
+        ctx.save_for_backward(x, weight)
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight = ctx.saved_tensors
+        wants_x, wants_weight, wants_bias = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        dx = None
+        if wants_x:
+            # oneDNN reads the weight across, at a price that many rows outweigh; a graph of the backward is PyTorch's.
+            if len(rows) >= 2 * max(weight.shape) and grad.is_contiguous() and not torch.is_grad_enabled():
+                dx = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+            else:
+                dx = grad @ weight
+        return dx, rows.t() @ x.flatten(0, -2) if wants_weight else None, rows.sum(0) if wants_bias else None
 
 
 @register_notrace_function  # asks for the size and type of its input
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`; large float32 products on an x86 CPU that only infers are oneDNN's.
+    """`torch.nn.functional.linear`; large float32 products on an x86 CPU are oneDNN's.
 
     The two differ by the order of summation alone. `torch.backends.mkldnn.flags(enabled=False)` keeps to MKL.
 
@@ -54,6 +82,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
         return F.linear(x, weight, bias)
     elif _by_onednn(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    elif _trained_by_onednn(x, weight, bias):
+        return _Linear.apply(x, weight, bias)
     else:
         return F.linear(x, weight, bias)
 

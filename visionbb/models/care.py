@@ -91,6 +91,7 @@ class CrossConv(nn.Module):
         self.strip2 = DepthwiseConv(dim, (1, kernel_size), **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = x.contiguous()  # once for both
         return self.strip1(x) + self.strip2(x)
 
 

@@ -321,7 +321,8 @@ def forward(
     if parts and parts[0].whole and len(parts[0].row_pattern) == 1:  # one tile is the map
         mask = _masks(parts[0], rpb, window, q, heads)[0]
         out, lse = _attend(*(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)), mask, scale)
-        return out.transpose(1, 2).reshape(q.shape), lse.transpose(1, 2).reshape(q.shape[:-1])
+        out = out.transpose(1, 2).reshape(q.shape)
+        return out, lse.transpose(1, 2).reshape(q.shape[:-1]) if return_lse else None
 
     out, lse = q.new_empty(q.shape), None
     if return_lse:

@@ -67,6 +67,16 @@ def test_gradients_are_pytorchs(shape, wants, contiguous, calls):
 
 
 @onednn
+@pytest.mark.parametrize("shape", [(5, 7), (2, 5, 7)])
+def test_what_is_trained_may_be_written_into(shape, calls):
+    x, weight, bias = (t.requires_grad_() for t in tensors(shape))
+    got, want = (torch.autograd.grad(f(x, weight, bias).relu_().sum(), (x, weight, bias)) for f in (linear, F.linear))
+    assert len(calls) == 1
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+@onednn
 def test_second_gradients_are_pytorchs(calls):
     x, weight, bias = (t.requires_grad_() for t in tensors((64, 4)))
     seconds = []

@@ -42,7 +42,7 @@ def _trained_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor
 
 
 class _Linear(torch.autograd.Function):
-    """oneDNN's product with gradients. PyTorch's own first writes the bias to all rows, for MKL to add to."""
+    """oneDNN's product of (N, in_features) with gradients; MKL's in training adds to a map filled with the bias."""
 
     @staticmethod
     def forward(ctx, x, weight, bias):
@@ -53,15 +53,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, grad):
         x, weight = ctx.saved_tensors
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
-        rows = grad.reshape(-1, grad.shape[-1])
         dx = None
         if wants_x:
             # oneDNN reads the weight across, at a price that many rows outweigh; a graph of the backward is PyTorch's.
-            if len(rows) >= 2 * max(weight.shape) and grad.is_contiguous() and not torch.is_grad_enabled():
+            if len(grad) >= 2 * max(weight.shape) and grad.is_contiguous() and not torch.is_grad_enabled():
                 dx = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
             else:
                 dx = grad @ weight
-        return dx, rows.t() @ x.flatten(0, -2) if wants_weight else None, rows.sum(0) if wants_bias else None
+        return dx, grad.t() @ x if wants_weight else None, grad.sum(0) if wants_bias else None
 
 
 @register_notrace_function  # asks for the size and type of its input
@@ -83,7 +82,8 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     elif _by_onednn(x, weight, bias):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     elif _trained_by_onednn(x, weight, bias):
-        return _Linear.apply(x, weight, bias)
+        # A map's shape is given back outside of the function: autograd lets nothing write into views from inside.
+        return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
     else:
         return F.linear(x, weight, bias)
 

@@ -88,6 +88,18 @@ def test_second_gradients_are_pytorchs(calls):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
 
 
+@onednn
+def test_gradients_of_many_results_at_once(calls):
+    x, weight, bias = (t.requires_grad_() for t in tensors((64, 4)))
+    douts = torch.randn(3, 64, len(weight))
+    out = linear(x, weight, bias)
+    assert calls
+    at_once = torch.autograd.grad(out, (x, weight, bias), douts, is_grads_batched=True, retain_graph=True)
+    singly = [torch.autograd.grad(out, (x, weight, bias), dout, retain_graph=True) for dout in douts]
+    for a, b in zip(at_once, zip(*singly, strict=True), strict=True):
+        torch.testing.assert_close(a, torch.stack(b), rtol=1e-5, atol=1e-5)
+
+
 def test_everything_else_is_pytorchs(calls):
     x, weight, bias = tensors()
     torch.testing.assert_close(torch.func.vmap(linear, (0, None, None))(x, weight, bias), F.linear(x, weight, bias))

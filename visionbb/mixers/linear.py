@@ -55,8 +55,8 @@ class _Linear(torch.autograd.Function):
         wants_x, wants_weight, wants_bias = ctx.needs_input_grad
         dx = None
         if wants_x:
-            # oneDNN reads the weight across, at a price that many rows outweigh; a graph of the backward is PyTorch's.
-            if len(grad) >= 2 * max(weight.shape) and grad.is_contiguous() and not torch.is_grad_enabled():
+            # oneDNN reads the weight across, at a price that many rows outweigh.
+            if eager_inference(grad, weight) and grad.is_contiguous() and len(grad) >= 2 * max(weight.shape):
                 dx = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
             else:
                 dx = grad @ weight

@@ -100,6 +100,12 @@ def test_gradients_of_many_results_at_once(calls):
         torch.testing.assert_close(a, torch.stack(b), rtol=1e-5, atol=1e-5)
 
 
+def test_the_gradient_of_a_sum_is_the_sum_of_the_weights():
+    x, weight, bias = tensors()
+    linear(x.requires_grad_(), weight, bias).sum().backward()
+    torch.testing.assert_close(x.grad, weight.sum(0).expand_as(x))
+
+
 def test_everything_else_is_pytorchs(calls):
     x, weight, bias = tensors()
     torch.testing.assert_close(torch.func.vmap(linear, (0, None, None))(x, weight, bias), F.linear(x, weight, bias))

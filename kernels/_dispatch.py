@@ -9,6 +9,11 @@ import os
 from collections.abc import Callable
 
 import torch
+from torch import is_grad_enabled
+from torch._C import _is_tracing, _len_torch_dispatch_stack
+from torch._C._functorch import peek_interpreter_stack
+from torch.autograd import forward_ad
+from torch.compiler import is_compiling
 
 BACKENDS = ("auto", "reference", "portable", "triton")
 
@@ -68,12 +73,13 @@ def exporting() -> bool:
 
 def unwatched() -> bool:
     """Whether PyTorch runs what is called, as it is called: no mode, transform or recording of a graph watches."""
+    # Asked at every call of every op: between operators that fill the caches, each further name or function costs us.
     return not (
-        torch.compiler.is_compiling()  # under torch.export too
-        or torch.jit.is_tracing()  # as the older of the two ONNX exporters does
-        or torch._C._len_torch_dispatch_stack()  # FLOP counters, fake tensors
-        or torch._C._functorch.peek_interpreter_stack() is not None  # vmap, grad, jvp
-        or torch.autograd.forward_ad._current_level >= 0
+        is_compiling()  # under torch.export too
+        or _is_tracing()  # as the older of the two ONNX exporters does
+        or _len_torch_dispatch_stack()  # FLOP counters, fake tensors
+        or peek_interpreter_stack() is not None  # vmap, grad, jvp
+        or forward_ad._current_level >= 0
     )
 
 
@@ -85,8 +91,13 @@ def eager_inference(*tensors: torch.Tensor | None) -> bool:
     There an op may run without PyTorch's dispatcher (some 60 us a call for ops written in Python), or by functions that
     know nothing of all these.
     """
-    grad = torch.is_grad_enabled()
-    return unwatched() and all(t is None or not (t.is_meta or (grad and t.requires_grad)) for t in tensors)
+    if not unwatched():
+        return False
+    grad = is_grad_enabled()
+    for t in tensors:
+        if t is not None and (t.is_meta or (grad and t.requires_grad)):
+            return False
+    return True
 
 
 def direct(op: Callable, run: Callable, setup_context: Callable, backward: Callable) -> Callable:
@@ -121,13 +132,12 @@ def reference_chosen() -> bool:
     return _choice == "reference"
 
 
-def resolve(x: torch.Tensor, triton_refuses: str | None) -> str:
+def resolve(refuses: Callable[..., str | None], x: torch.Tensor, *args) -> str:
     """The path that serves `x` inside a registered op: "portable" or "triton".
 
     Args:
+        refuses: why the op's Triton kernels cannot take x and args, or None if they can; asked where Triton can run.
         x: an input of the op; its device decides under "auto".
-        triton_refuses: why the op's Triton kernels cannot take these arguments, or None if they can; whether there is
-            a Triton at all is decided here.
 
     Raises:
         RuntimeError: "triton" was asked for by name where it cannot run.
@@ -143,7 +153,8 @@ def resolve(x: torch.Tensor, triton_refuses: str | None) -> str:
                 f"backend 'triton' was asked for, but its kernels need a GPU tensor and got one on {x.device}"
                 " (TRITON_INTERPRET=1 runs them on the CPU, slowly)"
             )
-        if triton_refuses:
-            raise RuntimeError(f"backend 'triton' was asked for, but {triton_refuses}")
+        reason = refuses(x, *args)
+        if reason:
+            raise RuntimeError(f"backend 'triton' was asked for, but {reason}")
         return choice
-    return "triton" if x.is_cuda and not triton_refuses and has_triton() else "portable"
+    return "triton" if x.is_cuda and has_triton() and not refuses(x, *args) else "portable"

@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import torch
+from torch._C import _is_any_autocast_enabled
 
 
 def floating(x: torch.Tensor, name: str, *, autocast: bool = True) -> torch.Tensor:
@@ -14,7 +15,8 @@ def floating(x: torch.Tensor, name: str, *, autocast: bool = True) -> torch.Tens
     """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
         raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
-    device = x.device.type
-    if autocast and x.dtype != torch.float64 and device != "meta" and torch.is_autocast_enabled(device):
-        return x.to(torch.get_autocast_dtype(device))
+    if autocast and _is_any_autocast_enabled() and x.dtype != torch.float64:
+        device = x.device.type
+        if device != "meta" and torch.is_autocast_enabled(device):
+            return x.to(torch.get_autocast_dtype(device))
     return x

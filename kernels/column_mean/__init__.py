@@ -89,7 +89,7 @@ def _check(q, k, key_bias, weight) -> None:
 
 def _column_mean(q, *args):
     path = portable
-    if resolve(q, refuses(q)) == "triton":
+    if resolve(refuses, q) == "triton":
         from . import triton as path  # compiles kernels: only where they run
     with torch.autocast(q.device.type, enabled=False):
         return path.attention_column_mean(q, *args)

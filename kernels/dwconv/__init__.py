@@ -97,7 +97,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dil
 # ---- Registration: custom ops, fakes, autograd, FLOPs ---------------------------------------------------------------
 
 def _path(x):
-    if resolve(x, refuses(x)) == "triton":
+    if resolve(refuses, x) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

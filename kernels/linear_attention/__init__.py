@@ -133,7 +133,7 @@ def _form(feature_map, normalizer, scale, eps, span, ratio) -> Form:
 
 
 def _path(q, v, form: Form):
-    if resolve(q, refuses(q, v, form)) == "triton":
+    if resolve(refuses, q, v, form) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

@@ -77,7 +77,7 @@ def na2d(
     if q.ndim != 5:
         raise ValueError(f"q must be (B, H, W, heads, head_dim), got shape {tuple(q.shape)}")
     geometry, scale = _checked(q, rpb, kernel_size, dilation, stride, scale, causal, window, clip)
-    out, lse = _composite(q, k, v, rpb, geometry, scale, return_lse) or _na2d(q, k, v, rpb, *geometry, scale)
+    out, lse = _composite((q, k, v), rpb, geometry, scale, return_lse) or _na2d(q, k, v, rpb, *geometry, scale)
     return (out, lse) if return_lse else out
 
 
@@ -103,9 +103,8 @@ def na2d_qkvpacked(
     qkv = floating(qkv, "qkv")
     if qkv.ndim != 6 or qkv.shape[3] != 3:
         raise ValueError(f"qkv must be (B, H, W, 3, heads, head_dim), got shape {tuple(qkv.shape)}")
-    q, k, v = qkv.unbind(3)
-    geometry, scale = _checked(q, rpb, kernel_size, dilation, stride, scale, causal, window, clip)
-    out, lse = _composite(q, k, v, rpb, geometry, scale, return_lse) or _na2d_qkvpacked(qkv, rpb, *geometry, scale)
+    geometry, scale = _checked(qkv, rpb, kernel_size, dilation, stride, scale, causal, window, clip)
+    out, lse = _composite((qkv,), rpb, geometry, scale, return_lse) or _na2d_qkvpacked(qkv, rpb, *geometry, scale)
     return (out, lse) if return_lse else out
 
 
@@ -142,16 +141,21 @@ def merge_attentions(
 # ---- Argument checks ------------------------------------------------------------------------------------------------
 
 def _pair(value, name: str, kind: type = int) -> tuple:
-    pair = (value, value) if isinstance(value, kind) else tuple(value) if isinstance(value, Sequence) else ()
-    if len(pair) != 2 or not all(type(x) is kind for x in pair):
+    if type(value) is kind:
+        pair = value, value
+    else:
+        pair = tuple(value) if isinstance(value, Sequence) else ()
+    if len(pair) != 2 or type(pair[0]) is not kind or type(pair[1]) is not kind:
         raise TypeError(f"{name} must be {kind.__name__} or a pair (height, width) of them, got {value!r}")
-    if kind is int and min(pair) < 1:
+    if kind is int and (pair[0] < 1 or pair[1] < 1):
         raise ValueError(f"{name} must be at least 1, got {value!r}")
     return pair
 
 
 def _checked(q, rpb, kernel_size, dilation, stride, scale, causal, window, clip) -> tuple[Window, float]:
-    H, W, heads, head_dim = q.shape[1:]
+    """The geometry and the scale of queries q, (B, H, W, heads, head_dim) or packed with keys and values."""
+    shape = q.shape
+    H, W, heads, head_dim = shape[1], shape[2], shape[-2], shape[-1]
     kernel, dilation = _pair(kernel_size, "kernel_size"), _pair(dilation, "dilation")
     stride, causal = _pair(stride, "stride"), _pair(causal, "causal", bool)
     if window not in ("square", "disc"):
@@ -175,22 +179,28 @@ def _checked(q, rpb, kernel_size, dilation, stride, scale, causal, window, clip)
             raise ValueError(f"rpb must be (heads, 2*kh-1, 2*kw-1) = {want}, got {tuple(rpb.shape)}")
         if any(causal):
             raise ValueError("rpb cannot be combined with causal")
-        if rpb.dtype not in (q.dtype, torch.float32):
+        if rpb.dtype != q.dtype and rpb.dtype != torch.float32:
             raise TypeError(f"rpb must be {q.dtype} like q, or float32, got {rpb.dtype}")
         if rpb.device != q.device:
             raise ValueError(f"rpb must be on q's device {q.device}, got {rpb.device}")
     return Window(kernel, dilation, stride, causal, disc, clip), head_dim**-0.5 if scale is None else float(scale)
 
 
-def _composite(q, k, v, rpb, window: Window, scale: float, return_lse: bool):
+def _composite(tensors: tuple, rpb, window: Window, scale: float, return_lse: bool):
     """(out, lse) in PyTorch's own operators where the registered op must not show or need not; None elsewhere."""
     if reference_chosen():
-        return reference.na2d(q, k, v, rpb, window, scale)
-    if eager_inference(q, k, v, rpb) and _path(q, k, v, rpb, window) is portable:
-        return portable.forward(q, k, v, rpb, window, scale, return_lse)
+        return reference.na2d(*_unpacked(tensors), rpb, window, scale)
+    if eager_inference(*tensors, rpb) and _path(tensors[0]) is portable:
+        forward = portable.forward_packed if len(tensors) == 1 else portable.forward
+        return forward(*tensors, rpb, window, scale, return_lse)
     if exporting():
-        return portable.exportable(q, k, v, rpb, window, scale, return_lse)
+        return portable.exportable(*_unpacked(tensors), rpb, window, scale, return_lse)
     return None
+
+
+def _unpacked(tensors: tuple) -> tuple:
+    """(qkv,) or (q, k, v) to views q, k, v."""
+    return tensors[0].unbind(3) if len(tensors) == 1 else tensors
 
 
 # ---- Registration: custom ops, fakes, autograd, FLOPs ---------------------------------------------------------------
@@ -202,8 +212,8 @@ def _window(kernel, dilation, stride, causal, disc, clip) -> Window:
     return Window(tuple(kernel), tuple(dilation), tuple(stride), tuple(map(bool, causal)), disc, clip)
 
 
-def _path(q, k, v, rpb, window):
-    if resolve(q, refuses(q, k, v, rpb, window)) == "triton":
+def _path(x):
+    if resolve(refuses, x) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton
@@ -212,8 +222,7 @@ def _path(q, k, v, rpb, window):
 
 def _forward(q, k, v, rpb, *geometry):
     *window, scale = geometry
-    window = _window(*window)
-    return _path(q, k, v, rpb, window).forward(q, k, v, rpb, window, scale)
+    return _path(q).forward(q, k, v, rpb, _window(*window), scale)
 
 
 def _forward_fake(q, k, v, rpb, *geometry):
@@ -222,9 +231,7 @@ def _forward_fake(q, k, v, rpb, *geometry):
 
 def _backward(dout, dlse, q, k, v, rpb, out, lse, geometry, dq, dk, dv) -> torch.Tensor:
     *window, scale = geometry
-    window = _window(*window)
-    path = _path(q, k, v, rpb, window)
-    drpb = path.backward(dout, dlse, q, k, v, rpb, out, lse, window, scale, dq, dk, dv)
+    drpb = _path(q).backward(dout, dlse, q, k, v, rpb, out, lse, _window(*window), scale, dq, dk, dv)
     return dq.new_empty(0) if drpb is None else drpb.to(rpb.dtype)
 
 
@@ -232,17 +239,14 @@ def _drpb_fake(dout, rpb):
     return dout.new_empty(0) if rpb is None else torch.empty_like(rpb, memory_format=torch.contiguous_format)
 
 
-def _register(name: str, tensors: str, split):
-    """Registers `visionbb::<name>` and its backward; `split` turns the op's input tensors into views (q, k, v).
-
-    Returns the op by `direct`.
-    """
+def _register(name: str, tensors: str):
+    """Registers `visionbb::<name>` and its backward, of (qkv,) or (q, k, v); returns the op by `direct`."""
     n = tensors.count(",") + 1
     signature = ", ".join(f"Tensor {t}" for t in tensors.split(", "))
     grads = ", ".join(["Tensor"] * (n + 1))
 
     def run(*args):
-        return _forward(*split(args[:n]), *args[n:])
+        return _forward(*_unpacked(args[:n]), *args[n:])
 
     op = torch.library.custom_op(
         f"visionbb::{name}", run, mutates_args=(), schema=f"({signature}, Tensor? rpb, {_GEOMETRY}) -> (Tensor, Tensor)"
@@ -250,12 +254,12 @@ def _register(name: str, tensors: str, split):
 
     @op.register_fake
     def _(*args):
-        return _forward_fake(*split(args[:n]), *args[n:])
+        return _forward_fake(*_unpacked(args[:n]), *args[n:])
 
     def run_backward(dout, dlse, *args):
         inputs, (rpb, out, lse), geometry = args[:n], args[n : n + 3], args[n + 3 :]
         into = [torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in inputs]
-        drpb = _backward(dout.contiguous(), dlse, *split(inputs), rpb, out, lse, geometry, *split(into))
+        drpb = _backward(dout.contiguous(), dlse, *_unpacked(inputs), rpb, out, lse, geometry, *_unpacked(into))
         return *into, drpb
 
     backward_op = torch.library.custom_op(
@@ -298,5 +302,5 @@ def _query_shape(shape: Sequence[int]) -> tuple[int, ...]:
     return (*shape[:3], *shape[-2:])
 
 
-_na2d = _register("na2d", "q, k, v", lambda tensors: tensors)
-_na2d_qkvpacked = _register("na2d_qkvpacked", "qkv", lambda tensors: tensors[0].unbind(3))
+_na2d = _register("na2d", "q, k, v")
+_na2d_qkvpacked = _register("na2d_qkvpacked", "qkv")

@@ -16,14 +16,14 @@ from __future__ import annotations
 import functools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 
-from .._dispatch import caches, exporting
+from .._dispatch import caches
 from .window import Window, axis_range
 
 CHUNK = 12 << 20  # keys and values of the strips of one chunk of images, in bytes a thread
@@ -119,8 +119,10 @@ class Part(NamedTuple):
     T: int
     S: int
     whole: bool  # one strip that is the map: nothing to copy
+    single: bool  # one tile holds all queries and keys of its strip
     dense: bool  # no key of any tile is masked
-    pattern: torch.Tensor  # (p, strips, T, S) index into [rpb, -inf] (rpb flattened)
+    pattern: torch.Tensor  # (p * strips * T * S,) index into [rpb, -inf] (rpb flattened)
+    patterns: int  # p
     row_pattern: tuple[int, ...]  # which of the p each row of tiles has
     spare: torch.Tensor | None  # (row tiles, strips, T) queries that a later tile owns; None: there are none
     query: torch.Tensor  # (row groups * row tiles, column groups * strips, T) flat position of every query
@@ -129,11 +131,6 @@ class Part(NamedTuple):
     @property
     def strips(self) -> int:
         return len(self.cols.query)
-
-    @property
-    def single(self) -> bool:
-        """Whether one tile holds all keys of its strip."""
-        return len(self.rows.query) == 1 and self.rows.length == self.rows.S
 
 
 @functools.lru_cache(maxsize=128)
@@ -160,8 +157,9 @@ def _tables(H: int, W: int, window: Window) -> list[dict]:
             parts.append(dict(
                 rows=rows, cols=cols, T=T, S=S,
                 whole=_whole(rows, cols),
+                single=len(rows.query) == 1 and rows.length == rows.S,
                 dense=bool(inside.all()),
-                pattern=pattern.reshape(*pattern.shape[:2], T, S),
+                pattern=pattern.reshape(-1), patterns=len(pattern),
                 row_pattern=tuple(row_pattern.tolist()),
                 spare=spare if spare.any() else None,
                 query=grid(np.add, rows.positions(rows.query, rows.T) * W, cols.positions(cols.query, cols.T)),
@@ -185,12 +183,7 @@ def _new_plan(H: int, W: int, window: Window, device: torch.device) -> list[Part
     return [Part(**{name: tensor(value) for name, value in fields.items()}) for fields in _tables(H, W, window)]
 
 
-_kept_plan = functools.lru_cache(maxsize=128)(_new_plan)
-
-
-def _plan(H: int, W: int, window: Window, device: torch.device) -> list[Part]:
-    # Tensors made while a graph is recorded belong to that graph: they must not reach the cache.
-    return (_new_plan if exporting() else _kept_plan)(H, W, window, device)
+_plan = functools.lru_cache(maxsize=128)(_new_plan)
 
 
 # ---- Moving strips --------------------------------------------------------------------------------------------------
@@ -262,16 +255,23 @@ def _rows(strips: torch.Tensor, start: int, height: int, width: int) -> torch.Te
 
 
 def _bias(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Tensor) -> torch.Tensor | None:
-    """Additive masks, (p, strips, heads or 1, T, S): the position bias, -inf outside the windows."""
+    """Additive masks, (heads or 1, p * strips * T * S): the position bias, -inf outside the windows."""
     if rpb is None:
         if part.dense:
             return None
         kh, kw = window.kernel
         rpb = like.new_zeros(1, 2 * kh - 1, 2 * kw - 1)
-    table = rpb.flatten(1).to(like.dtype)
+    if rpb.dtype != like.dtype:
+        rpb = rpb.to(like.dtype)
+    table = rpb.flatten(1)
     if not part.dense:
         table = F.pad(table, (0, 1), value=float("-inf"))
-    return table.index_select(1, part.pattern.flatten()).unflatten(1, part.pattern.shape).permute(1, 2, 0, 3, 4)
+    return table.index_select(1, part.pattern)
+
+
+def _by_tile(bias: torch.Tensor, part: Part) -> torch.Tensor:
+    """A `_bias` as (p, strips, heads or 1, T, S)."""
+    return bias.view(-1, part.patterns, part.strips, part.T, part.S).permute(1, 2, 0, 3, 4)
 
 
 def _masks(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Tensor, heads: int):
@@ -279,6 +279,9 @@ def _masks(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Ten
     bias = _bias(part, rpb, window, like)
     if bias is None:
         return [None] * len(part.row_pattern)
+    if part.patterns == part.strips == 1:  # small maps, for which every view counts
+        return [bias.view(1, -1, part.T, part.S)] * len(part.row_pattern)
+    bias = _by_tile(bias, part)
     if part.strips > 1:
         bias = bias.expand(-1, -1, heads, -1, -1)
     masks = bias.flatten(1, 2)[:, None].unbind()
@@ -295,8 +298,10 @@ def _chunks(B: int, part: Part, bytes_per_token: int, limit: int) -> list[slice]
 
 # ---- The op ---------------------------------------------------------------------------------------------------------
 
-def _attend(q, k, v, bias, scale: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Dense attention on (B, heads, T, d); also its log-sum-exp (B, heads, T)."""
+def _attend(q, k, v, bias, scale: float, return_lse: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Dense attention on (B, heads, T, d); also its log-sum-exp (B, heads, T), if asked for."""
+    if not return_lse:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=scale), None
     if q.device.type == "cpu":  # the kernel behind F.scaled_dot_product_attention, which hides the log-sum-exp
         return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias, scale=scale)
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -318,11 +323,9 @@ def forward(
     """The op without autograd: out like `v`, lse (B, H, W, heads)."""
     B, H, W, heads, d = q.shape
     parts = _plan(H, W, window, q.device)
-    if parts and parts[0].whole and len(parts[0].row_pattern) == 1:  # one tile is the map
-        mask = _masks(parts[0], rpb, window, q, heads)[0]
-        out, lse = _attend(*(x.flatten(1, 2).transpose(1, 2) for x in (q, k, v)), mask, scale)
-        out = out.transpose(1, 2).reshape(q.shape)
-        return out, lse.transpose(1, 2).reshape(q.shape[:-1]) if return_lse else None
+    if parts and parts[0].whole:
+        q, k, v = (x.flatten(1, 2).transpose(1, 2) for x in (q, k, v))
+        return _uncut(q, k, v, rpb, parts[0], window, scale, return_lse)
 
     out, lse = q.new_empty(q.shape), None
     if return_lse:
@@ -330,21 +333,52 @@ def forward(
     for part in parts:
         rows, cols = part.rows, part.cols
         masks = _masks(part, rpb, window, q, heads)
-        limit = sys.maxsize if part.whole else CHUNK
-        for images in _chunks(B, part, 2 * heads * d * q.element_size(), limit):
-            sq, sk, sv = q[images], k[images], v[images]
-            if part.whole:
-                sq, sk, sv = (x.flatten(1, 2).transpose(1, 2) for x in (sq, sk, sv))
-            else:
-                strips = _cut(sq, part), _cut(sk, part, keys=True), _cut(sv, part, keys=True)
-                sq, sk, sv = (x.unflatten(0, (-1, part.strips * heads)) for x in strips)
+        for images in _chunks(B, part, 2 * heads * d * q.element_size(), CHUNK):
+            strips = _cut(q[images], part), _cut(k[images], part, keys=True), _cut(v[images], part, keys=True)
+            sq, sk, sv = (x.unflatten(0, (-1, part.strips * heads)) for x in strips)
             for query, key, mask in zip(rows.query, rows.key, masks, strict=True):
                 tk, tv = (_rows(x, key, rows.S, cols.S) for x in (sk, sv))
-                o, l = _attend(_rows(sq, query, rows.T, cols.T), tk, tv, mask, scale)
+                o, l = _attend(_rows(sq, query, rows.T, cols.T), tk, tv, mask, scale, return_lse)
                 _paste(o, out[images], part, query)
                 if return_lse:
                     _paste(l[..., None], lse[images][..., None], part, query)
     return out, lse
+
+
+def forward_packed(
+    qkv: torch.Tensor, rpb: torch.Tensor | None, window: Window, scale: float, return_lse: bool
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """`forward` of packed (B, H, W, 3, heads, d), by fewer views: that counts for small maps."""
+    _, H, W, *_ = qkv.shape
+    parts = _plan(H, W, window, qkv.device)
+    if not (parts and parts[0].whole):
+        return forward(*qkv.unbind(3), rpb, window, scale, return_lse)
+    q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind()
+    return _uncut(q, k, v, rpb, parts[0], window, scale, return_lse)
+
+
+def _uncut(q, k, v, rpb, part: Part, window: Window, scale: float, return_lse: bool):
+    """`forward` where one strip is the map, of q, k, v (B, heads, H * W, d)."""
+    rows, (B, heads, _, d), W = part.rows, q.shape, part.cols.length
+    masks = _masks(part, rpb, window, q, heads)
+    if part.single:
+        out, lse = _attend(q, k, v, masks[0], scale, return_lse)
+        out = out.transpose(1, 2).contiguous()
+        lse = lse.transpose(1, 2).contiguous() if return_lse else None
+    else:
+        tiles = [
+            _attend(_rows(q, query, rows.T, W), _rows(k, key, rows.S, W), _rows(v, key, rows.S, W), mask, scale, return_lse)
+            for query, key, mask in zip(rows.query, rows.key, masks, strict=True)
+        ]
+        out, lse = (_joined(x, rows, W) if x[0] is not None else None for x in zip(*tiles, strict=True))
+    size = B, rows.length, W, heads
+    return out.view(*size, d), lse.view(size) if return_lse else None
+
+
+def _joined(tiles: Sequence[torch.Tensor], rows: Axis, W: int) -> torch.Tensor:
+    """Rows of tiles, (B, heads, T, ...), one below the other as (B, H * W, heads, ...)."""
+    owned = [after - query for query, after in zip(rows.query, (*rows.query[1:], rows.length), strict=True)]
+    return torch.cat([x.narrow(2, 0, n * W).transpose(1, 2) for x, n in zip(tiles, owned, strict=True)], 1)
 
 
 def exportable(
@@ -359,7 +393,8 @@ def exportable(
     """The same as one graph of standard operators, for torch.export and ONNX; the batch may be dynamic."""
     H, W, heads = q.shape[1:4]
     outs, lses = [], []
-    for part in _plan(H, W, window, q.device):
+    # Tensors made while a graph is recorded belong to that graph: they must not reach the cache.
+    for part in _new_plan(H, W, window, q.device):
         grid = part.rows.groups, len(part.row_pattern), part.cols.groups, part.strips
         n = math.prod(grid)
         # Tiles stand beside the heads here, not in the batch: the mask then broadcasts over a batch of unknown size.
@@ -369,6 +404,7 @@ def exportable(
         )
         bias = _bias(part, rpb, window, q)
         if bias is not None:
+            bias = _by_tile(bias, part)
             bias = bias[list(part.row_pattern)][None, :, None].expand(*grid, heads, -1, -1).flatten(0, 4)[None]
         out = F.scaled_dot_product_attention(qt, kt, vt, attn_mask=bias, scale=scale)
         outs.append(out.unflatten(1, (n, -1)).transpose(2, 3).flatten(1, 2))
@@ -411,7 +447,7 @@ def backward(
     for part in _plan(H, W, window, q.device):
         rows, cols = part.rows, part.cols
         masks = _masks(part, bias, window, lse, heads)
-        dbias = None if rpb is None else lse.new_zeros(len(part.pattern), part.strips * heads, part.T, part.S)
+        dbias = None if rpb is None else lse.new_zeros(part.patterns, part.strips * heads, part.T, part.S)
         for images in _chunks(B, part, 2 * heads * d * q.element_size(), CHUNK):
             sq, sdo, sless = (_cut(x[images], part).to(wide) for x in (q, dout, less))
             sk, sv = (_cut(x[images], part, keys=True).to(wide) for x in (k, v))
@@ -448,7 +484,7 @@ def backward(
 
         if dbias is not None:
             by_head = dbias.unflatten(1, (part.strips, heads)).movedim(2, 0).flatten(1)
-            table.scatter_add_(1, part.pattern.flatten().expand(heads, -1), by_head)
+            table.scatter_add_(1, part.pattern.expand(heads, -1), by_head)
     return None if rpb is None else table[:, :-1].reshape(rpb.shape)
 
 

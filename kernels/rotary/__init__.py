@@ -46,7 +46,7 @@ def rotary2d(x: torch.Tensor, rotary: Rotary, inverse: bool = False) -> torch.Te
 )
 def _op(x, span, ratio, inverse):
     path = portable
-    if resolve(x, refuses(x)) == "triton":
+    if resolve(refuses, x) == "triton":
         from . import triton as path  # compiles a kernel: only where it runs
     return path.rotary2d(x, Rotary(span, ratio), inverse)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import torch
@@ -276,8 +276,8 @@ def _wide(x: torch.Tensor) -> torch.dtype:
     return torch.promote_types(x.dtype, torch.float32)
 
 
-def _path(x: torch.Tensor, refusal: str | None):
-    if resolve(x, refusal) == "triton":
+def _path(reasons: Callable[..., str | None], x: torch.Tensor, *args):
+    if resolve(reasons, x, *args) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton
@@ -341,13 +341,13 @@ def _flat(x: torch.Tensor | None, wide: torch.dtype, keep: int) -> torch.Tensor 
 
 
 def _linear_scan(a, b, h0, reverse):
-    wide, path = _wide(b), _path(b, refuses(b))
+    wide, path = _wide(b), _path(refuses, b)
     with _own_types(b):
         return path.linear_scan(_flat(a, wide, 2), _flat(b, wide, 2), _flat(h0, wide, 1), reverse).view(b.shape)
 
 
 def _linear_scan_backward(dh, a, b, h0, reverse):
-    wide, path = _wide(b), _path(b, refuses(b))
+    wide, path = _wide(b), _path(refuses, b)
     a, b, h0, dh = _flat(a, wide, 2), _flat(b, wide, 2), _flat(h0, wide, 1), _flat(dh, wide, 2)
     return path.linear_scan_backward(dh, a, b, h0, reverse)
 
@@ -361,7 +361,7 @@ _register(
 
 
 def _sequence_path(u, delta, A, B, *_):
-    return _path(u, refuses_lines(u, B.shape[2], u.shape[1], A.shape[1], 0))
+    return _path(refuses_lines, u, B.shape[2], u.shape[1], A.shape[1], 0)
 
 
 def _selective_scan(*args):
@@ -390,7 +390,7 @@ def _ss2d_shape(x, routes, merge: str) -> tuple[int, ...]:
 
 
 def _map_path(x, proj, dt_weight, dt_bias, A, D, routes, *_):
-    return _path(x, refuses_lines(x, *routes.shape, A.shape[2], dt_weight.shape[2]))
+    return _path(refuses_lines, x, *routes.shape, A.shape[2], dt_weight.shape[2])
 
 
 def _ss2d(x, proj, dt_weight, dt_bias, A, D, routes, merge, permute):

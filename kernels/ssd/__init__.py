@@ -82,7 +82,7 @@ def ssd(
         if t.device != x.device:
             raise ValueError(f"{name} must be on x's device {x.device}, got {t.device}")
     if causal:
-        resolve(x, "the causal form of ssd has no kernels")  # an error if they were asked for
+        resolve(lambda x: "the causal form of ssd has no kernels", x)  # an error if they were asked for
     map_ = x.shape[1:-2]
     if reference_chosen() or causal or exporting():
         tokens = _tokens(x, dt, A, B, C, D)
@@ -100,7 +100,7 @@ _TENSORS = "Tensor x, Tensor dt, Tensor A, Tensor B, Tensor C, Tensor? D"
 
 
 def _path(x, B):
-    if resolve(x, refuses(x, B)) == "triton":
+    if resolve(refuses, x, B) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

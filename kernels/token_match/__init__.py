@@ -93,7 +93,7 @@ def _check(src, dst, dst_weight, dst_mask) -> None:
 
 def _match(src, *args):
     path = portable
-    if resolve(src, refuses(src)) == "triton":
+    if resolve(refuses, src) == "triton":
         from . import triton as path  # compiles a kernel: only where it runs
     with torch.autocast(src.device.type, enabled=False):
         return path.token_match(src, *args)

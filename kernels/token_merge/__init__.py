@@ -113,7 +113,7 @@ def _check_values(index: torch.Tensor, M: int) -> None:
 # ---- Registration: custom ops, fakes, autograd, FLOPs ---------------------------------------------------------------
 
 def _path(x: torch.Tensor):
-    if resolve(x, refuses(x)) == "triton":
+    if resolve(refuses, x) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

@@ -61,7 +61,7 @@ def bi_wkv(w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, *
 # ---- Registration: custom ops, fakes, autograd, FLOPs ---------------------------------------------------------------
 
 def _path(v, eps):
-    if resolve(v, refuses(v, eps)) == "triton":
+    if resolve(refuses, v, eps) == "triton":
         from . import triton  # compiles kernels: only where they run
 
         return triton

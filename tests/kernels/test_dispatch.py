@@ -54,9 +54,9 @@ def test_old_triton_is_none(monkeypatch, version, serves):
 
 def test_without_triton_the_portable_path_serves(monkeypatch):
     monkeypatch.setattr(_dispatch, "has_triton", lambda: False)
-    assert _dispatch.resolve(torch.zeros(1), None) == "portable"
+    assert _dispatch.resolve(lambda x: None, torch.zeros(1)) == "portable"
     with use("triton"), pytest.raises(RuntimeError, match="not installed"):
-        _dispatch.resolve(torch.zeros(1), None)
+        _dispatch.resolve(lambda x: None, torch.zeros(1))
 
 
 def random(*shape):

@@ -83,6 +83,15 @@ def unwatched() -> bool:
     )
 
 
+def wants_gradient(*tensors: torch.Tensor | None) -> bool:
+    """Whether autograd records what is done with any of these."""
+    if is_grad_enabled():
+        for t in tensors:
+            if t is not None and t.requires_grad:
+                return True
+    return False
+
+
 def eager_inference(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing but the result matters: a call is `unwatched`, and no gradient of these tensors is wanted.
 
@@ -91,11 +100,10 @@ def eager_inference(*tensors: torch.Tensor | None) -> bool:
     There an op may run without PyTorch's dispatcher (some 60 us a call for ops written in Python), or by functions that
     know nothing of all these.
     """
-    if not unwatched():
+    if not unwatched() or wants_gradient(*tensors):
         return False
-    grad = is_grad_enabled()
-    for t in tensors:
-        if t is not None and (t.is_meta or (grad and t.requires_grad)):
+    for t in tensors:  # noqa: SIM110 - a generator costs more than the loop
+        if t is not None and t.is_meta:
             return False
     return True
 

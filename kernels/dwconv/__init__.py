@@ -54,9 +54,13 @@ def dwconv2d(
         ValueError: a shape or value that does not fit; the message names it.
     """
     wide, x = x, floating(x, "x")
-    weight, bias = _as(weight, x, "weight"), None if bias is None else _as(bias, x, "bias")
+    dtype = x.dtype
+    if getattr(weight, "dtype", None) != dtype:
+        weight = _as(weight, x, "weight")
+    if bias is not None and getattr(bias, "dtype", None) != dtype:
+        bias = _as(bias, x, "bias")
     _check(x, weight, bias, dilation)
-    if residual and wide.dtype != x.dtype:  # autocast must not round the residual stream
+    if residual and wide.dtype != dtype:  # autocast must not round the residual stream
         return wide + dwconv2d(x, weight, bias, dilation=dilation)
     if reference_chosen():
         return reference.dwconv2d(x, weight, bias, dilation, residual)
@@ -68,26 +72,30 @@ def dwconv2d(
 
 
 def _as(parameter: torch.Tensor, x: torch.Tensor, name: str) -> torch.Tensor:
-    """The parameter in x's dtype if autocast asks for that; checked for it."""
-    if not isinstance(parameter, torch.Tensor) or parameter.dtype != x.dtype:
-        parameter = floating(parameter, name)
-        if parameter.dtype != x.dtype:
-            raise TypeError(f"{name} must have x's dtype {x.dtype}, got {parameter.dtype}")
-    if parameter.device != x.device:
-        raise ValueError(f"{name} must be on x's device {x.device}, got {parameter.device}")
+    """The parameter in x's dtype, which it has or gets from autocast."""
+    parameter = floating(parameter, name)
+    if parameter.dtype != x.dtype:
+        raise TypeError(f"{name} must have x's dtype {x.dtype}, got {parameter.dtype}")
     return parameter
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int) -> None:
-    shape, kernel = x.shape, weight.shape
+    shape, kernel, device = x.shape, weight.shape, x.device
     if len(shape) != 4:
         raise ValueError(f"x must be (B, H, W, C), got shape {tuple(shape)}")
-    if len(kernel) != 4 or kernel[0] != shape[3] or kernel[1] != 1:
-        raise ValueError(f"weight must be (C, 1, kh, kw) with x's C = {shape[3]}, got {tuple(kernel)}")
-    if kernel[2] % 2 == 0 or kernel[3] % 2 == 0 or kernel[2] > MAX_KERNEL or kernel[3] > MAX_KERNEL:
-        raise ValueError(f"weight must have odd kh and kw up to {MAX_KERNEL}, got {tuple(kernel[2:])}")
-    if bias is not None and bias.shape != (shape[3],):
-        raise ValueError(f"bias must be (C,) = ({shape[3]},), got {tuple(bias.shape)}")
+    C = shape[3]
+    if len(kernel) != 4 or kernel[0] != C or kernel[1] != 1:
+        raise ValueError(f"weight must be (C, 1, kh, kw) with x's C = {C}, got {tuple(kernel)}")
+    kh, kw = kernel[2], kernel[3]
+    if kh % 2 == 0 or kw % 2 == 0 or kh > MAX_KERNEL or kw > MAX_KERNEL:
+        raise ValueError(f"weight must have odd kh and kw up to {MAX_KERNEL}, got {(kh, kw)}")
+    if weight.device != device:
+        raise ValueError(f"weight must be on x's device {device}, got {weight.device}")
+    if bias is not None:
+        if bias.shape != (C,):
+            raise ValueError(f"bias must be (C,) = ({C},), got {tuple(bias.shape)}")
+        if bias.device != device:
+            raise ValueError(f"bias must be on x's device {device}, got {bias.device}")
     if type(dilation) is not int:
         raise TypeError(f"dilation must be int, got {dilation!r}")
     if dilation < 1:

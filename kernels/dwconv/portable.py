@@ -41,7 +41,7 @@ def forward(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, dilation: int, residual: bool
 ) -> torch.Tensor:
     """The op on (B, H, W, C), contiguous."""
-    kh, kw = weight.shape[2:]
+    _, _, kh, kw = weight.shape
     folded = residual and x.dtype in (torch.float32, torch.float64) and x.numel() >= FOLD_FROM
     if folded:
         weight = weight.clone()

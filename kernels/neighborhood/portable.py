@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import functools
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -366,10 +365,10 @@ def _uncut(q, k, v, rpb, part: Part, window: Window, scale: float, return_lse: b
         out = out.transpose(1, 2).contiguous()
         lse = lse.transpose(1, 2).contiguous() if return_lse else None
     else:
-        tiles = [
-            _attend(_rows(q, query, rows.T, W), _rows(k, key, rows.S, W), _rows(v, key, rows.S, W), mask, scale, return_lse)
-            for query, key, mask in zip(rows.query, rows.key, masks, strict=True)
-        ]
+        tiles = []
+        for query, key, mask in zip(rows.query, rows.key, masks, strict=True):
+            tq, tk, tv = _rows(q, query, rows.T, W), _rows(k, key, rows.S, W), _rows(v, key, rows.S, W)
+            tiles.append(_attend(tq, tk, tv, mask, scale, return_lse))
         out, lse = (_joined(x, rows, W) if x[0] is not None else None for x in zip(*tiles, strict=True))
     size = B, rows.length, W, heads
     return out.view(*size, d), lse.view(size) if return_lse else None

@@ -9,7 +9,7 @@ from torch import nn
 
 from ..kernels._dispatch import caches, eager_inference
 from ..mixers.conv import DepthwiseConv
-from ..mixers.linear import ONEDNN_ACTS, Linear, linear, linear_act, onednn_act, onednn_infers, watched
+from ..mixers.linear import ONEDNN_ACTS, Linear, linear, linear_act, onednn_act, onednn_infers, onednn_linear, watched
 
 
 class PointwiseConv(nn.Conv2d):
@@ -89,7 +89,7 @@ def conv_norm_act(
         weight, bias = folded(weight, bias, norm)
     if isinstance(conv, PointwiseConv):
         x = x.permute(0, 2, 3, 1).contiguous()
-        return torch.ops.mkldnn._linear_pointwise(x, weight.flatten(1), bias, *onednn_act(act)).permute(0, 3, 1, 2)
+        return onednn_linear(x, weight.flatten(1), bias, onednn_act(act)).permute(0, 3, 1, 2)
     return torch.ops.mkldnn._convolution_pointwise(
         x, weight, bias, conv.padding, conv.stride, conv.dilation, conv.groups, *onednn_act(act)
     )

@@ -6,8 +6,9 @@ import torch
 import torch.nn.functional as F
 from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
+from torch._C import _get_mkldnn_enabled, _is_any_autocast_enabled
 
-from ..kernels._dispatch import eager_inference, unwatched
+from ..kernels._dispatch import eager_inference, unwatched, wants_gradient
 
 # PyTorch sends float32 to MKL. oneDNN, which it holds too, takes 0.7 to 0.9 of MKL's time for the products of backbones
 # on the x86 processors measured, but some 30 us to start.
@@ -15,30 +16,34 @@ MIN_PRODUCTS = 2**24
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
-def _onednn_knows(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
-    return (
-        x.is_cpu
-        and all(t is None or t.dtype == torch.float32 for t in (x, *weights))
-        and torch._C._get_mkldnn_enabled()
-        and not torch.is_autocast_enabled("cpu")
-    )
+def _onednn_knows(*tensors: torch.Tensor | None) -> bool:
+    for t in tensors:
+        if t is not None and not (t.dtype == torch.float32 and t.is_cpu):
+            return False
+    return _get_mkldnn_enabled() and not (_is_any_autocast_enabled() and torch.is_autocast_enabled("cpu"))
 
 
 def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether a layer may be oneDNN's own, which knows no gradient: float32 on an x86 CPU that only infers."""
-    return HAS_ONEDNN and eager_inference(x, *weights) and _onednn_knows(x, *weights)
-
-
-def _large(x: torch.Tensor, weight: torch.Tensor) -> bool:
-    return x.numel() * weight.shape[0] >= MIN_PRODUCTS and x.is_contiguous() and weight.is_contiguous()
+    return HAS_ONEDNN and unwatched() and not wants_gradient(x, *weights) and _onednn_knows(x, *weights)
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return onednn_infers(x, weight, bias) and _large(x, weight)  # in this order: no graph may come to depend on a size
+    """Whether a product is oneDNN's: one of float32, and large, on an x86 CPU, which autograd alone may watch."""
+    if not (HAS_ONEDNN and unwatched() and _onednn_knows(x, weight, bias)):
+        return False
+    # Asked last: no graph may come to depend on a size.
+    return x.numel() * weight.shape[0] >= MIN_PRODUCTS and x.is_contiguous() and weight.is_contiguous()
 
 
-def _trained_by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    return HAS_ONEDNN and unwatched() and _onednn_knows(x, weight, bias) and _large(x, weight)
+NO_ACT = "none", [], ""
+
+
+def onednn_linear(
+    x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, act: tuple[str, list, str] = NO_ACT
+) -> torch.Tensor:
+    """act(x @ weight.t() + bias) in one operator of oneDNN's, where `onednn_infers`; the act by `onednn_act`."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, *act)
 
 
 class _Linear(torch.autograd.Function):
@@ -47,7 +52,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, weight, bias):
         ctx.save_for_backward(x, weight)
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return onednn_linear(x, weight, bias)
 
     @staticmethod
     def backward(ctx, grad):
@@ -57,7 +62,7 @@ class _Linear(torch.autograd.Function):
         if wants_x:
             # oneDNN reads the weight across, at a price that many rows outweigh.
             if eager_inference(grad, weight) and grad.is_contiguous() and len(grad) >= 2 * max(weight.shape):
-                dx = torch.ops.mkldnn._linear_pointwise(grad, weight.t(), None, "none", [], "")
+                dx = onednn_linear(grad, weight.t(), None)
             else:
                 dx = grad @ weight
         return dx, grad.t() @ x if wants_weight else None, grad.sum(0) if wants_bias else None
@@ -80,10 +85,10 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
     elif _by_onednn(x, weight, bias):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    elif _trained_by_onednn(x, weight, bias):
-        # A map's shape is given back outside of the function: autograd lets nothing write into views from inside.
-        return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
+        if wants_gradient(x, weight, bias):
+            # A map's shape is given back out here: autograd lets nothing write into views from inside of a function.
+            return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
+        return onednn_linear(x, weight, bias)
     else:
         return F.linear(x, weight, bias)
 
@@ -107,7 +112,7 @@ ONEDNN_ACTS = {nn.ReLU: "relu", nn.GELU: "gelu", InplaceGELU: "gelu"}
 
 def onednn_act(act: nn.Module | None) -> tuple[str, list, str]:
     """The arguments by which oneDNN's operators know an activation of `ONEDNN_ACTS`, or none."""
-    return ("none" if act is None else ONEDNN_ACTS[type(act)]), [], getattr(act, "approximate", "")
+    return NO_ACT if act is None else (ONEDNN_ACTS[type(act)], [], getattr(act, "approximate", ""))
 
 
 def watched(*layers: nn.Module) -> bool:
@@ -127,6 +132,8 @@ class Linear(nn.Linear):
 @register_notrace_function  # asks for the size and type of its input
 def linear_act(x: torch.Tensor, fc: nn.Linear, act: nn.Module) -> torch.Tensor:
     """act(fc(x)); where oneDNN computes the product, it writes it activated, unless hooks are to see both."""
-    if type(fc) is Linear and type(act) in ONEDNN_ACTS and _by_onednn(x, fc.weight, fc.bias) and not watched(fc, act):
-        return torch.ops.mkldnn._linear_pointwise(x, fc.weight, fc.bias, *onednn_act(act))
+    if type(fc) is Linear and type(act) in ONEDNN_ACTS:
+        weight, bias = fc.weight, fc.bias
+        if _by_onednn(x, weight, bias) and not (wants_gradient(x, weight, bias) or watched(fc, act)):
+            return onednn_linear(x, weight, bias, onednn_act(act))
     return act(fc(x))

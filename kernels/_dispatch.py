@@ -100,10 +100,11 @@ def eager_inference(*tensors: torch.Tensor | None) -> bool:
     There an op may run without PyTorch's dispatcher (some 60 us a call for ops written in Python), or by functions that
     know nothing of all these.
     """
-    if not unwatched() or wants_gradient(*tensors):
+    if not unwatched():
         return False
+    grad = is_grad_enabled()
     for t in tensors:  # noqa: SIM110 - a generator costs more than the loop
-        if t is not None and t.is_meta:
+        if t is not None and (t.is_meta or (grad and t.requires_grad)):
             return False
     return True
 

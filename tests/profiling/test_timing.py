@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -32,16 +34,23 @@ def test_percent_out_of_range(percent):
 
 def test_calls_take_turns_and_warm_up_is_not_measured():
     order = []
-    ticks = iter(range(100))
+    ticks = itertools.count()
 
     def fake(call):
         call()
         return float(next(ticks))
 
     calls = {name: lambda name=name: order.append(name) for name in "abc"}
-    timings = interleaved(calls, repeats=2, warmup=1, stopwatch=fake)
-    assert order == list("abc") * 3
-    assert timings == {"a": Timing((3.0, 6.0)), "b": Timing((4.0, 7.0)), "c": Timing((5.0, 8.0))}
+    timings = interleaved(calls, repeats=5, warmup=1, stopwatch=fake)
+    rounds = ["".join(order[i : i + 3]) for i in range(0, len(order), 3)]
+    assert len(rounds) == 6
+    assert all(sorted(round_) == list("abc") for round_ in rounds)
+    assert len(set(rounds)) > 2  # the same call does not always come before another
+    for name in "abc":
+        assert timings[name] == Timing(tuple(float(3 * i + rounds[i].index(name)) for i in range(1, 6)))
+    again = interleaved(calls, repeats=5, warmup=1, stopwatch=fake)
+    assert len(again) == 3
+    assert order[18:] == order[:18]  # drawn from a fixed seed
 
 
 @pytest.mark.parametrize(("repeats", "warmup"), [(0, 1), (1, -1)])

@@ -1,6 +1,7 @@
 """Time of calls that are measured in turns, so that drift of the machine falls on all of them alike."""
 from __future__ import annotations
 
+import random
 import statistics
 import time
 from collections.abc import Callable, Hashable, Mapping
@@ -96,7 +97,9 @@ def stopwatch(device: torch.device | str, clock: str = "wall", window: int = 1) 
 def interleaved(
     calls: Mapping[Key, Call], *, repeats: int = 20, warmup: int = 3, stopwatch: Stopwatch = wall_clock
 ) -> dict[Key, Timing]:
-    """Times several calls round by round: each round runs every call once, in the order given.
+    """Times several calls round by round: each round runs every call once, in an order drawn anew.
+
+    A call finds the caches as the one before it left them, which must not be the same one in every round.
 
     Args:
         calls: what to time, by name.
@@ -110,9 +113,11 @@ def interleaved(
     if repeats < 1 or warmup < 0:
         raise ValueError(f"repeats must be at least 1 and warmup at least 0, got {repeats} and {warmup}")
     samples: dict[Key, list[float]] = {name: [] for name in calls}
+    order, draw = list(calls), random.Random(0)
     for round_ in range(-warmup, repeats):
-        for name, call in calls.items():
-            seconds = stopwatch(call)
+        draw.shuffle(order)
+        for name in order:
+            seconds = stopwatch(calls[name])
             if round_ >= 0:
                 samples[name].append(seconds)
     return {name: Timing(tuple(times)) for name, times in samples.items()}

@@ -13,7 +13,7 @@ from torch import is_grad_enabled
 from torch._C import _is_tracing, _len_torch_dispatch_stack
 from torch._C._functorch import peek_interpreter_stack
 from torch.autograd import forward_ad
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 
 BACKENDS = ("auto", "reference", "portable", "triton")
 
@@ -75,9 +75,9 @@ def unwatched() -> bool:
     """Whether PyTorch runs what is called, as it is called: no mode, transform or recording of a graph watches."""
     # Asked at every call of every op: between operators that fill the caches, each further name or function costs us.
     return not (
-        is_compiling()  # under torch.export too
+        is_dynamo_compiling()
         or _is_tracing()  # as the older of the two ONNX exporters does
-        or _len_torch_dispatch_stack()  # FLOP counters, fake tensors
+        or _len_torch_dispatch_stack()  # FLOP counters, fake tensors, torch.export
         or peek_interpreter_stack() is not None  # vmap, grad, jvp
         or forward_ad._current_level >= 0
     )

@@ -278,8 +278,6 @@ def _masks(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Ten
     bias = _bias(part, rpb, window, like)
     if bias is None:
         return [None] * len(part.row_pattern)
-    if part.patterns == part.strips == 1:  # small maps, for which every view counts
-        return [bias.view(1, -1, part.T, part.S)] * len(part.row_pattern)
     bias = _by_tile(bias, part)
     if part.strips > 1:
         bias = bias.expand(-1, -1, heads, -1, -1)
@@ -348,8 +346,8 @@ def forward_packed(
     qkv: torch.Tensor, rpb: torch.Tensor | None, window: Window, scale: float, return_lse: bool
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """`forward` of packed (B, H, W, 3, heads, d), by fewer views: that counts for small maps."""
-    _, H, W, *_ = qkv.shape
-    parts = _plan(H, W, window, qkv.device)
+    shape = qkv.shape
+    parts = _plan(shape[1], shape[2], window, qkv.device)
     if not (parts and parts[0].whole):
         return forward(*qkv.unbind(3), rpb, window, scale, return_lse)
     q, k, v = qkv.flatten(1, 2).permute(2, 0, 3, 1, 4).unbind()
@@ -358,20 +356,23 @@ def forward_packed(
 
 def _uncut(q, k, v, rpb, part: Part, window: Window, scale: float, return_lse: bool):
     """`forward` where one strip is the map, of q, k, v (B, heads, H * W, d)."""
-    rows, (B, heads, _, d), W = part.rows, q.shape, part.cols.length
-    masks = _masks(part, rpb, window, q, heads)
+    rows, W = part.rows, part.cols.length
+    B, heads, _, d = q.shape
     if part.single:
-        out, lse = _attend(q, k, v, masks[0], scale, return_lse)
+        mask = _bias(part, rpb, window, q)
+        if mask is not None:
+            mask = mask.view(1, -1, part.T, part.S)
+        out, lse = _attend(q, k, v, mask, scale, return_lse)
         out = out.transpose(1, 2).contiguous()
         lse = lse.transpose(1, 2).contiguous() if return_lse else None
     else:
-        tiles = []
+        tiles, masks = [], _masks(part, rpb, window, q, heads)
         for query, key, mask in zip(rows.query, rows.key, masks, strict=True):
             tq, tk, tv = _rows(q, query, rows.T, W), _rows(k, key, rows.S, W), _rows(v, key, rows.S, W)
             tiles.append(_attend(tq, tk, tv, mask, scale, return_lse))
         out, lse = (_joined(x, rows, W) if x[0] is not None else None for x in zip(*tiles, strict=True))
-    size = B, rows.length, W, heads
-    return out.view(*size, d), lse.view(size) if return_lse else None
+    out = out.view(B, rows.length, W, heads, d)
+    return out, lse.view(B, rows.length, W, heads) if return_lse else None
 
 
 def _joined(tiles: Sequence[torch.Tensor], rows: Axis, W: int) -> torch.Tensor:

@@ -14,7 +14,8 @@ def floating(x: torch.Tensor, name: str, *, autocast: bool = True) -> torch.Tens
         TypeError: x is no floating-point tensor; the message names it.
     """
     if not isinstance(x, torch.Tensor) or not x.is_floating_point():
-        raise TypeError(f"{name} must be a floating-point tensor, got {getattr(x, 'dtype', type(x).__name__)}")
+        got = x.dtype if isinstance(x, torch.Tensor) else type(x).__name__
+        raise TypeError(f"{name} must be a floating-point tensor, got {got}")
     if autocast and _is_any_autocast_enabled() and x.dtype != torch.float64:
         device = x.device.type
         if device != "meta" and torch.is_autocast_enabled(device):

@@ -285,10 +285,10 @@ def _masks(part: Part, rpb: torch.Tensor | None, window: Window, like: torch.Ten
     return [masks[pattern] for pattern in part.row_pattern]
 
 
-def _chunks(B: int, part: Part, bytes_per_token: int, limit: int) -> list[slice]:
+def _chunks(B: int, part: Part, bytes_per_token: int) -> list[slice]:
     rows, cols = part.rows, part.cols
     image = rows.groups * cols.groups * part.strips * rows.length * cols.S * bytes_per_token
-    step = max(1, caches() * limit // image)
+    step = max(1, caches() * CHUNK // image)
     step = -(-B // -(-B // step)) if B else 1
     return [slice(i, min(i + step, B)) for i in range(0, B, step)]
 
@@ -330,7 +330,7 @@ def forward(
     for part in parts:
         rows, cols = part.rows, part.cols
         masks = _masks(part, rpb, window, q, heads)
-        for images in _chunks(B, part, 2 * heads * d * q.element_size(), CHUNK):
+        for images in _chunks(B, part, 2 * heads * d * q.element_size()):
             strips = _cut(q[images], part), _cut(k[images], part, keys=True), _cut(v[images], part, keys=True)
             sq, sk, sv = (x.unflatten(0, (-1, part.strips * heads)) for x in strips)
             for query, key, mask in zip(rows.query, rows.key, masks, strict=True):
@@ -448,7 +448,7 @@ def backward(
         rows, cols = part.rows, part.cols
         masks = _masks(part, bias, window, lse, heads)
         dbias = None if rpb is None else lse.new_zeros(part.patterns, part.strips * heads, part.T, part.S)
-        for images in _chunks(B, part, 2 * heads * d * q.element_size(), CHUNK):
+        for images in _chunks(B, part, 2 * heads * d * q.element_size()):
             sq, sdo, sless = (_cut(x[images], part).to(wide) for x in (q, dout, less))
             sk, sv = (_cut(x[images], part, keys=True).to(wide) for x in (k, v))
             if not part.single:

@@ -25,7 +25,7 @@ def _onednn_knows(*tensors: torch.Tensor | None) -> bool:
 
 def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     """Whether a layer may be oneDNN's own, which knows no gradient: float32 on an x86 CPU that only infers."""
-    return HAS_ONEDNN and unwatched() and not wants_gradient(x, *weights) and _onednn_knows(x, *weights)
+    return HAS_ONEDNN and eager_inference(x, *weights) and _onednn_knows(x, *weights)
 
 
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:

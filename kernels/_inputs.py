@@ -1,5 +1,7 @@
-"""The check that every op makes of its tensors first."""
+"""The check that every op makes of its tensors first, and the types in which it computes."""
 from __future__ import annotations
+
+import contextlib
 
 import torch
 from torch._C import _is_any_autocast_enabled
@@ -21,3 +23,11 @@ def floating(x: torch.Tensor, name: str, *, autocast: bool = True) -> torch.Tens
         if device != "meta" and torch.is_autocast_enabled(device):
             return x.to(torch.get_autocast_dtype(device))
     return x
+
+
+def own_types(x: torch.Tensor) -> contextlib.AbstractContextManager:
+    """Where a path computes in types of its own choice: autocast must not narrow them."""
+    # What makes a context of autocast's costs some 50 us.
+    if _is_any_autocast_enabled():
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()

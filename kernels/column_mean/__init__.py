@@ -10,7 +10,7 @@ import torch
 
 from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
-from .._inputs import floating
+from .._inputs import floating, own_types
 from . import portable, reference
 from .limits import refuses
 
@@ -91,7 +91,7 @@ def _column_mean(q, *args):
     path = portable
     if resolve(refuses, q) == "triton":
         from . import triton as path  # compiles kernels: only where they run
-    with torch.autocast(q.device.type, enabled=False):
+    with own_types(q):
         return path.attention_column_mean(q, *args)
 
 

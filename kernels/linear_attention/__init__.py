@@ -10,7 +10,7 @@ import torch
 
 from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
-from .._inputs import floating
+from .._inputs import floating, own_types
 from ..rotary import Rotary
 from . import portable, reference
 from .form import FEATURE_MAPS, NORMALIZERS, Form
@@ -82,7 +82,9 @@ def linear_attention(
         return reference.linear_attention(q, k, v, key_weight, local, gate, form)
     tensors = q, k, v, key_weight, local, gate
     if eager_inference(*tensors):
-        return _path(q, v, form).forward(*tensors, form)[0]
+        path = _path(q, v, form)
+        with own_types(v):
+            return (portable.attend if path is portable else path.forward)(*tensors, form)[0]
     if exporting():
         return portable.exportable(*tensors, form)
     return torch.ops.visionbb.linear_attention(*tensors, *_flat(form))[0]
@@ -142,7 +144,8 @@ def _path(q, v, form: Form):
 
 def _forward(*args):
     tensors, form = args[:_INPUTS], _form(*args[_INPUTS:])
-    return _path(tensors[0], tensors[2], form).forward(*tensors, form)
+    with own_types(tensors[2]):
+        return _path(tensors[0], tensors[2], form).forward(*tensors, form)
 
 
 _op = torch.library.custom_op(
@@ -162,7 +165,8 @@ def _(q, k, v, key_weight, local, gate, *form):
 )
 def _backward_op(dout, *args):
     tensors, state, form = args[:_INPUTS], args[_INPUTS], _form(*args[_INPUTS + 1 :])
-    grads = _path(tensors[0], tensors[2], form).backward(dout, *tensors, state, form)
+    with own_types(dout):
+        grads = _path(tensors[0], tensors[2], form).backward(dout, *tensors, state, form)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
 
 

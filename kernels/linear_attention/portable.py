@@ -6,7 +6,9 @@ arithmetic is in float32 at least.
 """
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Iterable
 
 import torch
 
@@ -14,18 +16,25 @@ from .._dispatch import caches
 from ..rotary.portable import table, turned
 from ..rotary.reference import rotary2d
 from .form import Form, features
-from .state import State, empty_state
+from .state import State
 
 LOG2E = math.log2(math.e)
 CACHED = 2**18  # numbers of a map that are worked on at once, a thread
 
 
+def _wide(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return x if x.dtype == dtype else x.to(dtype)
+
+
 def _features(x: torch.Tensor, name: str, wide: torch.dtype) -> torch.Tensor:
-    """phi(x), contiguous."""
-    x = x.to(wide)
+    """phi(x) of (images, N, heads, d), as (images, heads, N, d), contiguous: so products need no copies of it."""
+    x = _wide(x, wide).transpose(1, 2)
     if name == "elu":  # of the exponentials of a CPU, that of base 2 is the fast one
-        return x.clamp(max=0).mul_(LOG2E).exp2_().add_(x.relu())
-    return features(x, name).contiguous()
+        phi = torch.clamp(x, max=0, out=x.new_empty(x.shape))
+        return phi.mul_(LOG2E).exp2_().add_(x.relu())
+    if name == "relu":
+        return torch.clamp(x, min=0, out=x.new_empty(x.shape))
+    return torch.exp(x, out=x.new_empty(x.shape)) if name == "exp" else x.contiguous()
 
 
 def _slope(phi: torch.Tensor, name: str) -> torch.Tensor | float:
@@ -37,36 +46,26 @@ def _slope(phi: torch.Tensor, name: str) -> torch.Tensor | float:
     return phi if name == "exp" else 1.0
 
 
-def _turned(x: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
-    """x (images, N, heads, d), contiguous, under the rotary embedding."""
-    return x if turns is None else turned(x, turns)
-
-
 def _turns(q: torch.Tensor, form: Form) -> torch.Tensor | None:
-    return None if form.rotary is None else table(*q.shape[1:3], form.rotary, q)
+    """What turns the pairs of every head: complex (heads, N, d / 2), or (1, N, d / 2) where all heads turn alike."""
+    if form.rotary is None:
+        return None
+    _, H, W, heads, d = q.shape
+    turns, span = table(H, W, form.rotary, q), form.rotary.span
+    if d % 2 == 0:
+        alike = d % span == 0
+        turns = turns.expand(-1, (d if alike else heads * d) // span, -1).reshape(H * W, 1 if alike else heads, d // 2)
+    return turns.transpose(0, 1).contiguous()
 
 
-def _heads(x: torch.Tensor) -> torch.Tensor:
-    """(images, N, heads, d) to (images, heads, N, d)."""
-    return x.transpose(1, 2)
-
-
-def _columns(x: torch.Tensor) -> torch.Tensor:
-    """(images, N, heads, d) to (images, heads, d, N)."""
-    return x.permute(0, 2, 3, 1)
-
-
-def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
-    """a @ b of (images, heads, rows, columns).
-
-    Image by image or head by head, whichever are fewer: heads and images together would have to be copied.
-    """
-    if a.shape[1] < a.shape[0]:
-        return _product(a.transpose(0, 1), b.transpose(0, 1)).transpose(0, 1)
-    out = a.new_empty(*a.shape[:-1], b.shape[-1])
-    for i in range(a.shape[0]):
-        torch.bmm(a[i], b[i], out=out[i])
-    return out
+def _turned(x: torch.Tensor, turns: torch.Tensor | None) -> torch.Tensor:
+    """x (images, heads, N, d), contiguous, under the rotary embedding."""
+    if turns is None:
+        return x
+    if x.shape[3] % 2:  # some pairs lie in two heads
+        return turned(x.transpose(1, 2).contiguous(), turns.transpose(0, 1)).transpose(1, 2).contiguous()
+    pairs = torch.view_as_complex(x.view(*x.shape[:3], x.shape[3] // 2, 2))
+    return torch.view_as_real(pairs * turns).view(x.shape)
 
 
 def _factor(total: torch.Tensor, N: int, form: Form) -> torch.Tensor | None:
@@ -84,22 +83,28 @@ def _flat(*tensors: torch.Tensor | None) -> list[torch.Tensor | None]:
     return [x if x is None else x.flatten(1, 2) for x in tensors]
 
 
-def _groups(q: torch.Tensor, v: torch.Tensor) -> list[slice]:
-    """The images of a batch, as many at once as stay in cache; q and v are (B, N, heads, ...)."""
+def _images(q: torch.Tensor, v: torch.Tensor) -> int:
+    """How many images of a batch stay in cache, in equal runs; q and v are (B, N, heads, ...)."""
     B, N, heads, d = q.shape
-    count = -(-B // max(1, caches() * CACHED // (N * heads * max(d, v.shape[-1]))))
-    return _equal(B, count) if B else []
+    return _equal(B, -(-B // max(1, caches() * CACHED // (N * heads * max(d, v.shape[-1])))))
 
 
-def _equal(length: int, count: int) -> list[slice]:
-    """`count` slices of a length, or fewer, that differ by the last one at most."""
-    size = -(-length // count)
-    return [slice(start, start + size) for start in range(0, length, size)]
+def _tokens(q: torch.Tensor, v: torch.Tensor) -> int:
+    """How many tokens of a map do, in equal runs: a larger map must not cost more than its share."""
+    _, N, heads, d = q.shape
+    return _equal(N, round(N * heads * max(d, v.shape[-1]) / (caches() * CACHED)))
 
 
-def _parts(tokens: int, channels: int) -> list[slice]:
-    """Equal runs of tokens, each of which stays in cache: a larger map must not cost more than its share."""
-    return _equal(tokens, max(1, round(tokens * channels / (caches() * CACHED))))
+def _equal(length: int, count: int) -> int:
+    """The size of `count` runs of a length, or fewer, that differ by the last one at most."""
+    return -(-length // max(1, count))
+
+
+def _runs(size: int, dim: int, *tensors: torch.Tensor | None) -> Iterable[tuple[torch.Tensor | None, ...]]:
+    """The tensors, the first of which is one, in runs of `size` along a dimension."""
+    if tensors[0].shape[dim] <= size:
+        return (tensors,)
+    return zip(*(itertools.repeat(None) if x is None else x.split(size, dim) for x in tensors), strict=False)
 
 
 def forward(
@@ -112,55 +117,90 @@ def forward(
     form: Form,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The op without autograd: out like v but contiguous, and the packed state."""
-    shape, turns, packed = v.shape, _turns(q, form), empty_state(q, v, form).zero_()
+    out, states = attend(q, k, v, key_weight, local, gate, form)
+    return out, torch.cat([state.packed() for state in states])
+
+
+def attend(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    key_weight: torch.Tensor | None,
+    local: torch.Tensor | None,
+    gate: torch.Tensor | None,
+    form: Form,
+) -> tuple[torch.Tensor, list[State]]:
+    """out like v but contiguous, and the state of each run of images."""
+    shape, turns = v.shape, _turns(q, form)
     q, k, v, key_weight, local, gate = _flat(q, k, v, key_weight, local, gate)
-    (_, N, heads, d), dv = q.shape, v.shape[-1]
-    state, out = State.of(packed, d, dv), v.new_empty(v.shape)
-    parts = [(part, None if turns is None else turns[part]) for part in _parts(N, heads * max(d, dv))]
-    mean = 1 / N if key_weight is None else 1.0
-    for group in _groups(q, v):
-        sums = State(*(x[group] for x in state))
-        for part, turn in parts:
-            phi, values = _features(k[group, part], form.feature_map, packed.dtype), v[group, part].to(packed.dtype)
-            if key_weight is not None:
-                phi = phi * key_weight[group, part, :, None]
-            sums.key.add_(phi.sum(1), alpha=mean)
-            sums.kv.add_(_product(_columns(_turned(phi, turn)), _heads(values)), alpha=mean)
-            if form.normalizer == "additive":
-                sums.value.add_(values.sum(1), alpha=1 / N)
-        for part, turn in parts:
-            y = _heads(_normalized(*_queries(q[group, part], sums, turn, form), sums.value, N, form))
-            extra = [None if x is None else x[group, part] for x in (local, gate)]
-            _finish(y, *extra, out[group, part])
-    return out.view(shape), packed
+    out, N, tokens, states = v.new_empty(v.shape), q.shape[1], _tokens(q, v), []
+    for qs, ks, vs, weights, locals_, gates, outs in _runs(_images(q, v), 0, q, k, v, key_weight, local, gate, out):
+        state = _reduced(_runs(tokens, 1, ks, vs, weights, turns), N, form)
+        for run in _runs(tokens, 1, qs, locals_, gates, outs, turns):
+            _apply(*run, state, N, form)
+        states.append(state)
+    return out.view(shape), states
+
+
+def _reduced(runs: Iterable[tuple], N: int, form: Form) -> State:
+    """The state of images, from all runs of their tokens."""
+    total = None
+    for k, v, key_weight, turns in runs:
+        wide = torch.promote_types(k.dtype, torch.float32)
+        phi, values = _features(k, form.feature_map, wide), _wide(v, wide).transpose(1, 2)
+        value = values.sum(2) if form.normalizer == "additive" else None
+        if key_weight is None:
+            key = phi.sum(2)
+        else:  # the values take the weights: of two heads that share a turning pair, either has its own
+            weight = _wide(key_weight, wide).transpose(1, 2)
+            key, values = (weight[:, :, None] @ phi).squeeze(2), values * weight[..., None]
+        state = State(_turned(phi, turns).transpose(2, 3) @ values, key, value)
+        if total is None:
+            total = state
+        else:
+            for x, more in zip(total, state, strict=True):
+                if x is not None:
+                    x.add_(more)
+    if key_weight is None:
+        total.kv.mul_(1 / N)
+        total.key.mul_(1 / N)
+    if total.value is not None:
+        total.value.mul_(1 / N)
+    return total
+
+
+def _apply(q, local, gate, out, turns, state: State, N: int, form: Form) -> None:
+    """out = (y + local) * gate of a run of tokens."""
+    num, total = _queries(q, state, turns, form)
+    y = out.transpose(1, 2) if out.dtype == num.dtype else num
+    _normalized(num, total, state.value, N, form, y)
+    if local is not None:
+        y.add_(local.transpose(1, 2))
+    if gate is not None:
+        y.mul_(gate.transpose(1, 2))
+    if y is num:
+        out.copy_(num.transpose(1, 2))
 
 
 def _queries(q, state: State, turns, form: Form) -> tuple[torch.Tensor, torch.Tensor]:
     """Numerator (images, heads, N, dv) and denominator (images, heads, N, 1)."""
     phi = _features(q, form.feature_map, state.kv.dtype)
-    # Rows times matrix: of the two orders, a CPU is several times faster at this one.
-    total = _product(state.key[:, :, None] * form.scale, _columns(phi)).transpose(2, 3)
-    return _product(_heads(_turned(phi, turns)), state.kv * form.scale), total
+    kv, key = state.kv, state.key
+    if form.scale != 1:
+        kv, key = kv * form.scale, key * form.scale
+    # Row times matrix: of the two orders, a CPU is several times faster at this one.
+    total = (key[:, :, None] @ phi.transpose(2, 3)).transpose(2, 3)
+    return _turned(phi, turns) @ kv, total
 
 
-def _normalized(num, total, value, N: int, form: Form) -> torch.Tensor:
+def _normalized(num, total, value, N: int, form: Form, out: torch.Tensor) -> torch.Tensor:
+    """y, written to `out`, which may be `num`."""
     factor = _factor(total, N, form)
-    if factor is not None:
-        num.mul_(factor)
-    return num.addcmul_(total, value[:, :, None], value=-1) if form.normalizer == "additive" else num
-
-
-def _finish(y: torch.Tensor, local: torch.Tensor | None, gate: torch.Tensor | None, out: torch.Tensor) -> None:
-    """out = (y + local) * gate, in y's precision; out is contiguous and y is not."""
-    wide = out if out.dtype == y.dtype else torch.empty_like(out, dtype=y.dtype)
-    if local is None:
-        wide.copy_(y)
+    if factor is None:
+        out.copy_(num)
     else:
-        torch.add(y, local, out=wide)
-    if gate is not None:
-        wide.mul_(gate)
-    if wide is not out:
-        out.copy_(wide)
+        torch.mul(num, factor, out=out)
+    return out.addcmul_(total, value[:, :, None], value=-1) if form.normalizer == "additive" else out
 
 
 def backward(
@@ -185,20 +225,19 @@ def backward(
     back = None if turns is None else turns.conj().resolve_conj()
     state, tensors = State.of(packed, q.shape[-1], v.shape[-1]), _flat(*inputs, dout, *grads)
     additive = form.normalizer == "additive"
-    for group in _groups(tensors[0], tensors[2]):
-        part = [x if x is None else x[group] for x in tensors]
-        q, k, v, key_weight, local, gate, dout, dq, dk, dv, dkey_weight, dlocal, dgate = part
-        sums = State(*(x[group] for x in state))
+    for run in _runs(_images(tensors[0], tensors[2]), 0, *tensors, *state):
+        q, k, v, key_weight, local, gate, dout, dq, dk, dv, dkey_weight, dlocal, dgate = run[: len(tensors)]
+        sums = State(*run[len(tensors) :])
         num, total = _queries(q, sums, turns, form)
         factor = _factor(total, N, form)
         du = dout.to(wide)
         if gate is not None:
-            y = _heads(_normalized(num.clone(), total, sums.value, N, form))
+            y = _normalized(num, total, sums.value, N, form, torch.empty_like(num)).transpose(1, 2)
             dgate.copy_(du * (y if local is None else y + local))
             du = du * gate
         if local is not None:
             dlocal.copy_(du)
-        dy = _heads(du)
+        dy = du.transpose(1, 2).contiguous()
 
         # The state's gradients, and the queries'.
         dnum, dtotal = dy, torch.zeros_like(total)
@@ -209,26 +248,29 @@ def backward(
                 dtotal.masked_fill_(total <= form.eps / N, 0)
             dnum = dy * factor
         if additive:
-            dtotal -= _product(dy, sums.value[..., None])
+            dtotal -= dy @ sums.value[..., None]
         phi = _features(q, form.feature_map, wide)
-        dkv = _product(_columns(_turned(phi, turns)), dnum).mul_(form.scale)
-        dkey = _product(_columns(phi), dtotal).mul_(form.scale)[..., 0]
-        dphi = _heads(_product(dnum, sums.kv.transpose(2, 3))).contiguous()
-        dphi = _turned(dphi, back) + _heads(dtotal) * sums.key[:, None]
-        dq.copy_(dphi.mul_(form.scale).mul_(_slope(phi, form.feature_map)))
+        dkv = (_turned(phi, turns).transpose(2, 3) @ dnum).mul_(form.scale)
+        dkey = (dtotal.transpose(2, 3) @ phi).mul_(form.scale)
+        dphi = _turned(dnum @ sums.kv.transpose(2, 3), back).addcmul_(dtotal, sums.key[:, :, None])
+        dq.copy_(dphi.mul_(form.scale).mul_(_slope(phi, form.feature_map)).transpose(1, 2))
 
         # The keys' and values'.
-        phi, values = _features(k, form.feature_map, wide), v.to(wide)
-        weight = 1 / N if key_weight is None else key_weight[..., None].to(wide)
-        dphi = _heads(_product(_heads(values), dkv.transpose(2, 3))).contiguous()
-        dphi = _turned(dphi, back) + dkey[:, None]
-        if key_weight is not None:
-            dkey_weight.copy_((dphi * phi).sum(-1))
-        dvalues = _heads(_product(_heads(_turned(phi, turns)), dkv)) * weight
+        phi, values = _features(k, form.feature_map, wide), v.to(wide).transpose(1, 2)
+        if key_weight is None:
+            dkv, dkey = dkv.div_(N), dkey.div_(N)
+        dvalues, dphi = _turned(phi, turns) @ dkv, values @ dkv.transpose(2, 3)
+        if key_weight is None:
+            dphi = _turned(dphi, back).add_(dkey)
+        else:
+            weight = key_weight.transpose(1, 2)[..., None].to(wide)
+            dweight = (values * dvalues).sum(-1).add_((dkey @ phi.transpose(2, 3)).squeeze(2))
+            dkey_weight.copy_(dweight.transpose(1, 2))
+            dvalues, dphi = dvalues.mul_(weight), _turned(dphi.mul_(weight), back).addcmul_(weight, dkey)
         if additive:
-            dvalues = dvalues - _heads(_product(total.transpose(2, 3), dy)).div_(N)
-        dv.copy_(dvalues)
-        dk.copy_(dphi.mul_(weight).mul_(_slope(phi, form.feature_map)))
+            dvalues.sub_(total.transpose(2, 3) @ dy, alpha=1 / N)
+        dv.copy_(dvalues.transpose(1, 2))
+        dk.copy_(dphi.mul_(_slope(phi, form.feature_map)).transpose(1, 2))
     return grads
 
 
@@ -249,11 +291,11 @@ def exportable(
         return x.to(wide).flatten(1, 2).transpose(1, 2)  # (B, heads, N, d)
 
     q, k = features(q.to(wide), form.feature_map) * form.scale, features(k.to(wide), form.feature_map)
-    k = k * (1 / (H * W) if key_weight is None else key_weight[..., None])
-    total = tokens(q) @ tokens(k).sum(2, keepdim=True).transpose(2, 3)
+    weight = 1 / (H * W) if key_weight is None else key_weight[..., None]
+    total = tokens(q) @ tokens(k * weight).sum(2, keepdim=True).transpose(2, 3)
     if form.rotary is not None:
         q, k = rotary2d(q, form.rotary), rotary2d(k, form.rotary)
-    out = tokens(q) @ (tokens(k).transpose(2, 3) @ tokens(v))
+    out = tokens(q) @ (tokens(k).transpose(2, 3) @ tokens(v.to(wide) * weight))
     if form.normalizer == "div":
         out = out / (total + form.eps)
     elif form.normalizer == "clamp":

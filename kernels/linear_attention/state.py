@@ -13,12 +13,15 @@ class State(NamedTuple):
 
     kv: torch.Tensor  # (B, heads, d, dv): sum of w rope(phi(k)) v^T
     key: torch.Tensor  # (B, heads, d): sum of w phi(k)
-    value: torch.Tensor  # (B, heads, dv): mean of v; (B, heads, 0) unless the normalizer is additive
+    value: torch.Tensor | None  # (B, heads, dv): mean of v, where the normalizer is additive
 
     @classmethod
     def of(cls, packed: torch.Tensor, d: int, dv: int) -> State:
-        kv, key, value = packed.split((d * dv, d, packed.shape[-1] - d * dv - d), -1)
-        return cls(kv.unflatten(-1, (d, dv)), key, value)
+        kv, key, *value = packed.split((d * dv, d, dv) if packed.shape[-1] > d * dv + d else (d * dv, d), -1)
+        return cls(kv.unflatten(-1, (d, dv)), key, *value or [None])
+
+    def packed(self) -> torch.Tensor:
+        return torch.cat([self.kv.flatten(2), *(x for x in self[1:] if x is not None)], -1)
 
 
 def empty_state(q: torch.Tensor, v: torch.Tensor, form: Form) -> torch.Tensor:

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 
 from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
-from .._inputs import floating
+from .._inputs import floating, own_types
 from . import portable, reference
 from .limits import refuses, refuses_lines
 from .routes import MERGES, table
@@ -284,11 +284,6 @@ def _path(reasons: Callable[..., str | None], x: torch.Tensor, *args):
     return portable
 
 
-def _own_types(x: torch.Tensor):
-    """Runs a body in the types that it chooses itself."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 def _register(name: str, tensors: str, options: str, results: int, forward, fake, backward) -> None:
     """Registers `visionbb::<name>(tensors, options)` with `results` outputs, and its backward.
 
@@ -308,7 +303,7 @@ def _register(name: str, tensors: str, options: str, results: int, forward, fake
     )
     def backward_op(*args):
         inputs = args[results : results + grads]
-        with _own_types(inputs[0]):
+        with own_types(inputs[0]):
             found = backward(*args)
         return tuple(
             inputs[0].new_empty(0) if x is None else grad.reshape(x.shape).to(x.dtype).contiguous()
@@ -342,7 +337,7 @@ def _flat(x: torch.Tensor | None, wide: torch.dtype, keep: int) -> torch.Tensor 
 
 def _linear_scan(a, b, h0, reverse):
     wide, path = _wide(b), _path(refuses, b)
-    with _own_types(b):
+    with own_types(b):
         return path.linear_scan(_flat(a, wide, 2), _flat(b, wide, 2), _flat(h0, wide, 1), reverse).view(b.shape)
 
 
@@ -365,7 +360,7 @@ def _sequence_path(u, delta, A, B, *_):
 
 
 def _selective_scan(*args):
-    with _own_types(args[0]):
+    with own_types(args[0]):
         return _sequence_path(*args).selective_scan(*args)
 
 
@@ -395,7 +390,7 @@ def _map_path(x, proj, dt_weight, dt_bias, A, D, routes, *_):
 
 def _ss2d(x, proj, dt_weight, dt_bias, A, D, routes, merge, permute):
     args = x, proj, dt_weight, dt_bias, A, D, routes, merge, permute
-    with _own_types(x):
+    with own_types(x):
         out = _map_path(*args).ss2d(*args)
     return out.view(_ss2d_shape(x, routes, merge))
 

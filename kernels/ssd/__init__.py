@@ -10,7 +10,7 @@ import torch
 
 from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
-from .._inputs import floating
+from .._inputs import floating, own_types
 from . import portable, reference
 from .limits import refuses
 
@@ -111,14 +111,9 @@ def _tokens(x, dt, A, B, C, D):
     return x.flatten(1, -3), dt.flatten(1, -2), A, B.flatten(1, -3), C.flatten(1, -3), D
 
 
-def _own_types(x):
-    """Autocast must not narrow what a path computes in types of its choice."""
-    return torch.autocast(x.device.type, enabled=False)
-
-
 @torch.library.custom_op("visionbb::ssd", mutates_args=(), schema=f"({_TENSORS}) -> Tensor")
 def _op(x, dt, A, B, C, D):
-    with _own_types(x):
+    with own_types(x):
         return _path(x, B).ssd(*_tokens(x, dt, A, B, C, D)).view(x.shape)
 
 
@@ -132,7 +127,7 @@ def _(x, *_):
 )
 def _backward_op(dout, *inputs):
     x, _, _, B, _, _ = inputs
-    with _own_types(x):
+    with own_types(x):
         grads = _path(x, B).ssd_backward(dout.flatten(1, -3), *_tokens(*inputs))
     return tuple(
         x.new_empty(0) if t is None else grad.view(t.shape).to(t.dtype)

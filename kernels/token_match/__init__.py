@@ -11,7 +11,7 @@ import torch
 
 from .._dispatch import eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
-from .._inputs import floating
+from .._inputs import floating, own_types
 from . import portable, reference
 from .form import AFFINITIES
 from .limits import refuses
@@ -95,7 +95,7 @@ def _match(src, *args):
     path = portable
     if resolve(refuses, src) == "triton":
         from . import triton as path  # compiles a kernel: only where it runs
-    with torch.autocast(src.device.type, enabled=False):
+    with own_types(src):
         return path.token_match(src, *args)
 
 

@@ -7,7 +7,7 @@ import torch
 
 from .._dispatch import exporting, reference_chosen, resolve
 from .._flops import register_flops
-from .._inputs import floating
+from .._inputs import floating, own_types
 from . import portable, reference
 from .limits import refuses
 
@@ -68,14 +68,9 @@ def _path(v, eps):
     return portable
 
 
-def _own_types(v):
-    """Autocast must not narrow what a path computes in types of its choice."""
-    return torch.autocast(v.device.type, enabled=False)
-
-
 @torch.library.custom_op("visionbb::bi_wkv", mutates_args=())
 def _op(w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float) -> torch.Tensor:
-    with _own_types(v):
+    with own_types(v):
         return _path(v, eps).bi_wkv(w, u, k.flatten(1, -2), v.flatten(1, -2), eps).view(v.shape)
 
 
@@ -88,7 +83,7 @@ def _(w, u, k, v, eps):
 def _backward_op(
     dout: torch.Tensor, w: torch.Tensor, u: torch.Tensor, k: torch.Tensor, v: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    with _own_types(v):
+    with own_types(v):
         grads = _path(v, eps).bi_wkv_backward(dout.flatten(1, -2), w, u, k.flatten(1, -2), v.flatten(1, -2), eps)
     return tuple(grad.view(x.shape).to(x.dtype) for grad, x in zip(grads, (w, u, k, v), strict=True))
 

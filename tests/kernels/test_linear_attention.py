@@ -2,6 +2,7 @@
 from __future__ import annotations
 
 import io
+import sys
 from unittest import mock
 
 import pytest
@@ -91,11 +92,12 @@ def test_key_weights_choose_keys():
 @st.composite
 def cases(draw):
     """Any form on any map."""
-    heads, d = draw(st.integers(1, 3)), draw(st.sampled_from([1, 4, 5, 12]))
+    heads, d = draw(st.integers(1, 4)), draw(st.sampled_from([1, 4, 5, 12]))
+    spans = [span for span in range(4, heads * d + 1, 4) if heads * d % span == 0]
     return dict(
         shape=(draw(st.integers(1, 3)), draw(st.integers(1, 7)), draw(st.integers(1, 7)), heads, d),
         dv=draw(st.sampled_from([1, 3, 8])),
-        rotary=draw(st.sampled_from([None, Rotary.closed(d), Rotary.half_open(d * heads)])) if d % 4 == 0 else None,
+        rotary=draw(st.sampled_from([None, *map(Rotary.closed, spans), *map(Rotary.half_open, spans)])),
         args=dict(feature_map=draw(st.sampled_from(FEATURE_MAPS)), normalizer=draw(st.sampled_from(NORMALIZERS)),
                   scale=draw(st.sampled_from([1.0, 0.3])), eps=draw(st.sampled_from([1e-6, 0.5]))),
         extras=draw(st.sets(st.sampled_from(["key_weight", "local", "gate"]))),
@@ -104,7 +106,7 @@ def cases(draw):
 
 
 def outcome(case, backend, dtype):
-    """out and the gradients of all inputs, q, k and the gate as they lie in one projection."""
+    """out, the same by inference, and the gradients of all inputs, q and k as they lie in one projection."""
     generator = torch.Generator().manual_seed(case["seed"])
     *map_, heads, d = case["shape"]
 
@@ -118,9 +120,12 @@ def outcome(case, backend, dtype):
     # As their features are, where there is no map: away from zero sums.
     q, k = qk.abs().add(0.1).unbind(3) if case["args"]["feature_map"] == "identity" else qk.unbind(3)
     with use(backend):
-        out = linear_attention(q, k, v, rotary=case["rotary"], **case["args"], **extras)
+        args = dict(rotary=case["rotary"], **case["args"], **extras)
+        out = linear_attention(q, k, v, **args)
+        with torch.no_grad():
+            inferred = linear_attention(q, k, v, **args)
         dout = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(dtype)
-        return out, *torch.autograd.grad(out, [qk, v, *extras.values()], dout)
+        return out, inferred, *torch.autograd.grad(out, [qk, v, *extras.values()], dout)
 
 
 @given(cases(), st.sampled_from([1, 50, portable.CACHED]))
@@ -128,10 +133,19 @@ def outcome(case, backend, dtype):
 def test_portable_equals_reference(case, cached):
     with mock.patch.object(portable, "CACHED", cached):  # however many runs the tokens are taken in
         outcomes = outcome(case, "portable", torch.float64), outcome(case, "reference", torch.float64)
-    assert outcomes[0][0].is_contiguous()  # as the fake implementation promises
+    assert all(out.is_contiguous() for out in outcomes[0][:2])  # as the fake implementation promises
     for got, want in zip(*outcomes):
         # A query without features ("relu") has a denominator of eps, and gradients by its inverse square.
         torch.testing.assert_close(got, want, rtol=1e-8, atol=1e-9 * max(1.0, want.abs().max().item()))
+
+
+@given(cases())
+@settings(max_examples=50, deadline=None)
+def test_exported_form_equals_reference(case):
+    with mock.patch.object(sys.modules[linear_attention.__module__], "exporting", return_value=True):
+        got = outcome(case, "portable", torch.float64)
+    for x, want in zip(got, outcome(case, "reference", torch.float64)):
+        torch.testing.assert_close(x, want, rtol=1e-8, atol=1e-9 * max(1.0, want.abs().max().item()))
 
 
 @given(cases(), st.sampled_from([(torch.float32, 2e-5), (torch.bfloat16, 4e-2), (torch.float16, 6e-3)]))

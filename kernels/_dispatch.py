@@ -95,18 +95,12 @@ def wants_gradient(*tensors: torch.Tensor | None) -> bool:
 def eager_inference(*tensors: torch.Tensor | None) -> bool:
     """Whether nothing but the result matters: a call is `unwatched`, and no gradient of these tensors is wanted.
 
-    Meta tensors, which have no numbers to compute with, do not count.
+    Meta tensors, which have no numbers to compute with, do not count; the first one tells.
 
     There an op may run without PyTorch's dispatcher (some 60 us a call for ops written in Python), or by functions that
     know nothing of all these.
     """
-    if not unwatched():
-        return False
-    grad = is_grad_enabled()
-    for t in tensors:  # noqa: SIM110 - a generator costs more than the loop
-        if t is not None and (t.is_meta or (grad and t.requires_grad)):
-            return False
-    return True
+    return unwatched() and not wants_gradient(*tensors) and not (tensors and tensors[0].is_meta)
 
 
 def direct(op: Callable, run: Callable, setup_context: Callable, backward: Callable) -> Callable:

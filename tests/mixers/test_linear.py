@@ -13,6 +13,7 @@ onednn = pytest.mark.skipif(not module.HAS_ONEDNN, reason="PyTorch without oneDN
 @pytest.fixture(autouse=True)
 def small_products(monkeypatch):
     monkeypatch.setattr(module, "MIN_PRODUCTS", 1)
+    monkeypatch.setattr(module, "MIN_TRAINED_PRODUCTS", 1)
 
 
 @pytest.fixture

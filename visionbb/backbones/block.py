@@ -9,6 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..mixers.conv import DepthwiseConv
+from ..mixers.dropout import Dropout
 from ..mixers.linear import Linear, linear_act
 from .layers import TokenMlp, in_slabs
 
@@ -37,10 +38,10 @@ class ConvMlp(nn.Module):
         self.act_last = act_last
         self.fc1 = Linear(dim, hidden, **dd)
         self.act = act_layer()
-        self.drop1 = nn.Dropout(drop)
+        self.drop1 = Dropout(drop)
         self.conv = DepthwiseConv(hidden, kernel_size, residual=True, **dd)
         self.fc2 = Linear(hidden, dim, **dd)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():

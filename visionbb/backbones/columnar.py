@@ -9,6 +9,7 @@ from timm.models import checkpoint, checkpoint_seq
 from timm.models.vision_transformer import global_pool_nlc
 from torch import nn
 
+from ..mixers.dropout import Dropout
 from .backbone import Backbone, drop_path_rates
 
 
@@ -249,7 +250,7 @@ class TokenHead(nn.Module):
     ):
         super().__init__()
         self.in_features = self.num_features = in_features
-        self.drop = nn.Dropout(drop_rate)
+        self.drop = Dropout(drop_rate)
         self.reset(num_classes, pool_type, device=device, dtype=dtype)
 
     def reset(self, num_classes: int, pool_type: str | None = None, in_features: int | None = None, **dd) -> None:

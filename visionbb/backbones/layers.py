@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kernels._dispatch import caches, eager_inference
 from ..mixers.conv import DepthwiseConv
+from ..mixers.dropout import Dropout
 from ..mixers.linear import ONEDNN_ACTS, Linear, linear, linear_act, onednn_act, onednn_infers, onednn_linear, watched
 
 
@@ -166,9 +167,9 @@ class TokenMlp(nn.Module):
         super().__init__()
         self.fc1 = Linear(dim, hidden, device=device, dtype=dtype)
         self.act = act_layer()
-        self.drop1 = nn.Dropout(drop)
+        self.drop1 = Dropout(drop)
         self.fc2 = Linear(hidden, dim, device=device, dtype=dtype)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = Dropout(drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         if torch.jit.is_scripting():

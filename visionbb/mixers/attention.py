@@ -8,6 +8,7 @@ from torch import nn
 
 from ..kernels import Rotary, rotary2d
 from .conv import DepthwiseConv
+from .dropout import Dropout
 from .linear import Linear
 
 ROTARY = ("", "head", "map")
@@ -78,7 +79,7 @@ class GlobalAttention(nn.Module):
             self.local = DepthwiseConv(dim, local_kernel, repeats=num_heads if share_local else 1, **dd)
         self.norm = LayerNorm(dim, eps=1e-5, **dd) if out_norm else None
         self.proj = Linear(dim, dim, **dd) if out_proj else nn.Identity()
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     @torch.jit.ignore
     def begin_plain(self) -> None:
@@ -245,7 +246,7 @@ class RelativeAttention(nn.Module):
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.rpb = nn.Parameter(torch.empty(num_heads, 2 * map_size[0] - 1, 2 * map_size[1] - 1, **dd))
         self.proj = Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from timm.models import register_notrace_module
 from torch import nn
 
+from .dropout import Dropout
 from .linear import Linear
 from .window import from_windows, to_windows
 
@@ -31,7 +32,7 @@ class CrossAttention(nn.Module):
         self.q = Linear(dim, dim, bias=qkv_bias, **dd)
         self.kv = Linear(dim, 2 * dim, bias=qkv_bias, **dd)
         self.proj = Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
         return self.attend(self.q(x), self.kv(y))

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels import dwconv2d
 from .attention import GlobalAttention
+from .dropout import Dropout
 from .linear import Linear
 
 
@@ -73,7 +74,7 @@ class GaussianAttention(nn.Module):
         self.act = nn.GELU()
         self.local = nn.Parameter(torch.empty(num_heads, 1, local_kernel, local_kernel, **dd))
         self.proj = Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

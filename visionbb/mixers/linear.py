@@ -10,9 +10,11 @@ from torch._C import _get_mkldnn_enabled, _is_any_autocast_enabled
 
 from ..kernels._dispatch import eager_inference, unwatched, wants_gradient
 
-# PyTorch sends float32 to MKL. oneDNN, which it holds too, takes 0.7 to 0.9 of MKL's time for the products of backbones
-# on the x86 processors measured, but some 30 us to start.
-MIN_PRODUCTS = 2**24
+# PyTorch sends float32 to MKL. oneDNN, which it holds too, takes 0.55 to 0.95 of MKL's time for the products of
+# backbones on two threads of the x86 processors measured, 0.7 to 1.05 on one, but some 30 us to start; our gradient for
+# it takes some 100 us more.
+MIN_PRODUCTS = 2**21
+MIN_TRAINED_PRODUCTS = 2**24
 HAS_ONEDNN = platform.machine().lower() in ("x86_64", "amd64") and torch.backends.mkldnn.is_available()
 
 
@@ -28,12 +30,12 @@ def onednn_infers(x: torch.Tensor, *weights: torch.Tensor | None) -> bool:
     return HAS_ONEDNN and eager_inference(x, *weights) and _onednn_knows(x, *weights)
 
 
-def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether a product is oneDNN's: one of float32, and large, on an x86 CPU, which autograd alone may watch."""
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, least: int) -> bool:
+    """Whether oneDNN takes a product: float32, large, on an x86 CPU, and watched by nothing but autograd."""
     if not (HAS_ONEDNN and unwatched() and _onednn_knows(x, weight, bias)):
         return False
     # Asked last: no graph may come to depend on a size.
-    return x.numel() * weight.shape[0] >= MIN_PRODUCTS and x.is_contiguous() and weight.is_contiguous()
+    return x.numel() * weight.shape[0] >= least and x.is_contiguous() and weight.is_contiguous()
 
 
 NO_ACT = "none", [], ""
@@ -84,13 +86,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
-    elif _by_onednn(x, weight, bias):
-        if wants_gradient(x, weight, bias):
+    elif wants_gradient(x, weight, bias):
+        if _by_onednn(x, weight, bias, MIN_TRAINED_PRODUCTS):
             # A map's shape is given back out here: autograd lets nothing write into views from inside of a function.
             return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
-        return onednn_linear(x, weight, bias)
-    else:
         return F.linear(x, weight, bias)
+    else:
+        by_onednn = _by_onednn(x, weight, bias, MIN_PRODUCTS)
+        return onednn_linear(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
 
 
 @register_notrace_module  # asks whether a gradient needs the input
@@ -134,6 +137,7 @@ def linear_act(x: torch.Tensor, fc: nn.Linear, act: nn.Module) -> torch.Tensor:
     """act(fc(x)); where oneDNN computes the product, it writes it activated, unless hooks are to see both."""
     if type(fc) is Linear and type(act) in ONEDNN_ACTS:
         weight, bias = fc.weight, fc.bias
-        if _by_onednn(x, weight, bias) and not (wants_gradient(x, weight, bias) or watched(fc, act)):
+        inferred = not wants_gradient(x, weight, bias) and _by_onednn(x, weight, bias, MIN_PRODUCTS)
+        if inferred and not watched(fc, act):
             return onednn_linear(x, weight, bias, onednn_act(act))
     return act(fc(x))

@@ -9,6 +9,7 @@ from torch import nn
 
 from ..kernels import scan_routes, selective_scan
 from .conv import SequenceConv
+from .dropout import Dropout
 from .linear import Linear, linear
 from .state_space import ChannelAttention, init_time_steps_
 
@@ -100,7 +101,7 @@ class BidirectionalMamba(nn.Module):
         self.s6 = S6(inner, SequenceConv(inner, d_conv, **dd), d_state, rank, **dd)
         self.s6_reverse = S6(inner, SequenceConv(inner, d_conv, "future", **dd), d_state, rank, reverse=True, **dd)
         self.out_proj = Linear(inner, dim, bias=False, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, H, W, _ = x.shape
@@ -151,7 +152,7 @@ class LocalMamba(nn.Module):
         )
         self.attn = ChannelAttention(inner, **dd)
         self.out_proj = Linear(inner, dim, bias=False, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, H, W, _ = x.shape
@@ -215,7 +216,7 @@ class MambaVisionMixer(nn.Module):
         self.s6 = S6(half, SequenceConv(half, d_conv, "both", bias=False, **dd), d_state, math.ceil(dim / 16), **dd)
         self.conv = SequenceConv(half, d_conv, "both", bias=False, **dd)
         self.out_proj = Linear(dim, dim, bias=False, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, H, W, _ = x.shape

@@ -9,6 +9,7 @@ from timm.models import register_notrace_module
 from torch import nn
 
 from ..kernels import na2d_qkvpacked
+from .dropout import Dropout
 from .linear import Linear
 
 PAD_MODES = ("natten14", "mask", "error")
@@ -82,7 +83,7 @@ class NeighborhoodAttention(nn.Module):
             kh, kw = self.kernel_size
             self.rpb = nn.Parameter(torch.empty(num_heads, 2 * kh - 1, 2 * kw - 1, **dd))
         self.proj = Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

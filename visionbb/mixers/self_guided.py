@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels import attention_column_mean
 from .conv import DepthwiseConv
+from .dropout import Dropout
 from .linear import Linear
 
 
@@ -38,7 +39,7 @@ class LocalSumAttention(nn.Module):
         self.in_proj = Linear(dim, width or 4 * dim, **dd)
         self.local = DepthwiseConv(dim, 3, **dd)
         self.proj = Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q, k, v, local = self.in_proj(x).chunk(4, -1)

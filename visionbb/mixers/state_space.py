@@ -10,6 +10,7 @@ from torch import nn
 
 from ..kernels import scan_routes, ss2d, ssd
 from .conv import DepthwiseConv
+from .dropout import Dropout
 from .linear import Linear, linear
 
 
@@ -117,7 +118,7 @@ class SS2D(nn.Module):
         self.attn = ChannelAttention(inner, **dd) if merge == "stack" else nn.Identity()
         self.norm = WideNorm(inner, **dd)
         self.out_proj = Linear(inner, dim, bias=False, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -213,7 +214,7 @@ class NonCausalSSD(nn.Module):
         self.D = nn.Parameter(torch.empty(num_heads, **dd))
         self.norm = WideNorm(inner, **dd)
         self.out_proj = Linear(inner, dim, bias=False, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -7,6 +7,7 @@ from timm.models import register_notrace_function, register_notrace_module
 from torch import nn
 
 from .attention import relative_bias
+from .dropout import Dropout
 from .linear import Linear
 
 
@@ -48,7 +49,7 @@ class WindowAttention(nn.Module):
         self.rows, self.cols = rows, cols
         self.qkv = Linear(dim, 3 * dim, bias=qkv_bias, **dd)
         self.proj = Linear(dim, dim, **dd)
-        self.proj_drop = nn.Dropout(proj_drop)
+        self.proj_drop = Dropout(proj_drop)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, H, W, _ = x.shape

@@ -24,6 +24,7 @@ from ..backbones import PatchConv, Pyramid, keep_native, renamed
 from ..backbones.block import Residual
 from ..backbones.layers import init_convs
 from ..mixers import DepthwiseConv, LinearAttention
+from ..mixers.dropout import Dropout
 from ..mixers.linear import InplaceGELU, Linear
 from ._registry import create_from, imagenet_cfg, register_variants
 
@@ -91,7 +92,6 @@ class CrossConv(nn.Module):
         self.strip2 = DepthwiseConv(dim, (1, kernel_size), **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        x = x.contiguous()  # once for both
         return self.strip1(x) + self.strip2(x)
 
 
@@ -111,7 +111,7 @@ class Interaction(nn.Module):
         self.fc1 = Linear(dim, ratio * dim, **dd)
         self.act = InplaceGELU()
         self.conv = DepthwiseConv(ratio * dim, 3, **dd)
-        self.drop = nn.Dropout(drop)
+        self.drop = Dropout(drop)
         self.fc2 = Linear(ratio * dim, dim, **dd) if project else nn.Identity()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -161,6 +161,7 @@ class CAREBlock(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         memory, first, near, far = x.split(self.splits, -1)
+        first = first.contiguous()  # once for all that read it
         groups = torch.cat((self.attn(first), self.conv1(near), self.conv2(far)), -1)
         joined = torch.cat((memory, self.inter1(groups).add_(groups)), -1)
         y = self.inter2(joined)
@@ -176,8 +177,8 @@ class NormClassifier(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.norm = Norm(in_features, **dd)
-        self.drop = nn.Dropout(drop_rate)
-        self.fc = nn.Linear(in_features, num_classes, **dd)
+        self.drop = Dropout(drop_rate)
+        self.fc = Linear(in_features, num_classes, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.fc(self.drop(self.norm(x)))

@@ -22,6 +22,7 @@ from ..backbones import Block, PositionEmbed, Pyramid, keep_native, renamed
 from ..backbones.columnar import TokenHead
 from ..backbones.layers import TokenMlp, conv_norm_acts
 from ..mixers import GaussianAttention, SoftmaxAttention
+from ..mixers.dropout import Dropout
 from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)
@@ -153,11 +154,11 @@ class PostNormBlock(nn.Module):
         super().__init__()
         dd = {"device": device, "dtype": dtype}
         self.mixer = mixer
-        self.drop1 = nn.Dropout(drop)
+        self.drop1 = Dropout(drop)
         self.norm1 = LayerNorm(dim, eps=1e-5, **dd)
         tanh_gelu = partial(nn.GELU, approximate="tanh")
         self.mlp = TokenMlp(dim, int(dim * mlp_ratio), act_layer=tanh_gelu, drop=proj_drop, **dd)
-        self.drop2 = nn.Dropout(drop)
+        self.drop2 = Dropout(drop)
         self.norm2 = LayerNorm(dim, eps=1e-5, **dd)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:

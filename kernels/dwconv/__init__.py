@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import eager_inference, exporting, reference_chosen, resolve
+from .._dispatch import exporting, reference_chosen, resolve, unwatched, wants_gradient
 from .._flops import register_flops
 from .._inputs import floating
 from . import portable, reference
@@ -35,9 +35,9 @@ def dwconv2d(
     kernel flipped.
 
     A registered op (`torch.ops.visionbb.dwconv2d`) costs some 20 to 30 us a call, about half of the convolution of a
-    7x7 map. So where no gradient is asked for, nothing is recorded and no kernel of our own would run, this function
-    calls PyTorch's operators directly, which are then what profilers and FLOP counters see. An export records the
-    plain convolution.
+    7x7 map, and more with its gradient. So where no kernel of our own would run, nothing is recorded, and no gradient
+    is asked for or PyTorch's own is the faster one, this function calls PyTorch's operators directly, which are then
+    what profilers see. An export records the plain convolution.
 
     Args:
         x: (B, H, W, C), floating point; read where it lies if its channels are contiguous.
@@ -64,7 +64,8 @@ def dwconv2d(
         return wide + dwconv2d(x, weight, bias, dilation=dilation)
     if reference_chosen():
         return reference.dwconv2d(x, weight, bias, dilation, residual)
-    if eager_inference(x, weight, bias) and _path(x) is portable:
+    plain = unwatched() and not x.is_meta and _path(x) is portable
+    if plain and (not wants_gradient(x, weight, bias) or portable.trains_plainly(x, weight, dilation)):
         return portable.forward(x, weight, bias, dilation, residual)
     if exporting():
         return portable.exportable(x, weight, bias, dilation, residual)

@@ -22,6 +22,8 @@ What oneDNN serves by a slow generic kernel instead, and what is done about it:
 - gradient of the weight with more than 3 columns, with a dilation, or with more rows than the map has. Columns are
   taken three at a time, dilation groups are maps of their own, and small maps are padded. In bfloat16 the generic
   kernel is not even right: with a dilation, on 56x56 maps, its result has nothing to do with the gradient.
+Where none of this is so, in float32 with at most 3 columns, PyTorch's own gradient is taken: forward and backward are
+1.3 to 1.9 times as fast as by our op.
 
 The residual of a large map goes into the weights, x + conv(x) being a convolution with 1 added to the centre tap: that
 saves a pass over the map, 16 % for 224 channels on 56x56. Not in half precision, where the 1 would take digits from the
@@ -55,6 +57,14 @@ def forward(
     out = F.conv2d(padded.permute(0, 3, 1, 2), weight, bias, 1, (rows, columns), dilation, x.shape[-1])
     out = out.permute(0, 2, 3, 1).contiguous()
     return out.add_(x) if residual and not folded else out
+
+
+def trains_plainly(x: torch.Tensor, weight: torch.Tensor, dilation: int) -> bool:
+    """Whether PyTorch's gradient of `forward`, one operator for all inputs, is faster than the op with ours."""
+    _, H, W, _ = x.shape
+    kh, kw = weight.shape[2:]
+    fast = x.dtype == torch.float32 and dilation == 1 and kw <= FAST_COLUMNS
+    return x.is_cpu and fast and kh <= H and kw <= 2 * W - 1
 
 
 def exportable(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from .._dispatch import eager_inference, exporting, reference_chosen, resolve
+from .._dispatch import direct, eager_inference, exporting, reference_chosen, resolve
 from .._flops import register_flops
 from .._inputs import floating, own_types
 from ..rotary import Rotary
@@ -87,7 +87,7 @@ def linear_attention(
             return (portable.attend if path is portable else path.forward)(*tensors, form)[0]
     if exporting():
         return portable.exportable(*tensors, form)
-    return torch.ops.visionbb.linear_attention(*tensors, *_flat(form))[0]
+    return _call(*tensors, *_flat(form))[0]
 
 
 # ---- Argument checks ------------------------------------------------------------------------------------------------
@@ -159,15 +159,17 @@ def _(q, k, v, key_weight, local, gate, *form):
     return v.new_empty(v.shape), empty_state(q, v, _form(*form))
 
 
-@torch.library.custom_op(
-    "visionbb::linear_attention_backward", mutates_args=(),
-    schema=f"(Tensor dout, {_TENSORS}, Tensor state, {_FORM}) -> ({', '.join(['Tensor'] * _INPUTS)})",
-)
-def _backward_op(dout, *args):
+def _run_backward(dout, *args):
     tensors, state, form = args[:_INPUTS], args[_INPUTS], _form(*args[_INPUTS + 1 :])
     with own_types(dout):
         grads = _path(tensors[0], tensors[2], form).backward(dout, *tensors, state, form)
     return tuple(dout.new_empty(0) if grad is None else grad for grad in grads)
+
+
+_backward_op = torch.library.custom_op(
+    "visionbb::linear_attention_backward", _run_backward, mutates_args=(),
+    schema=f"(Tensor dout, {_TENSORS}, Tensor state, {_FORM}) -> ({', '.join(['Tensor'] * _INPUTS)})",
+)
 
 
 @_backward_op.register_fake
@@ -184,7 +186,8 @@ def _setup_context(ctx, inputs, output):
 
 def _backward(ctx, dout, _):
     saved = ctx.saved_tensors  # once: activation checkpointing recomputes them when read
-    grads = _backward_op(dout, *saved, *ctx.form)
+    step = _run_backward if eager_inference(dout, *saved) else _backward_op
+    grads = step(dout, *saved, *ctx.form)
     *grads, dlocal, dgate = (None if x is None else grad for x, grad in zip(saved, grads, strict=False))
     if ctx.has_local and dgate is None:  # a plain sum: its gradient passes through, and its value is not kept
         dlocal = dout
@@ -192,6 +195,7 @@ def _backward(ctx, dout, _):
 
 
 _op.register_autograd(_backward, setup_context=_setup_context)
+_call = direct(_op, _forward, _setup_context, _backward)
 
 
 def _flops(q, v, products: int) -> int:

@@ -131,15 +131,15 @@ def attend(
     form: Form,
 ) -> tuple[torch.Tensor, list[State]]:
     """out like v but contiguous, and the state of each run of images."""
-    shape, turns = v.shape, _turns(q, form)
-    q, k, v, key_weight, local, gate = _flat(q, k, v, key_weight, local, gate)
-    out, N, tokens, states = v.new_empty(v.shape), q.shape[1], _tokens(q, v), []
+    turns, result, states = _turns(q, form), v.new_empty(v.shape), []
+    q, k, v, key_weight, local, gate, out = _flat(q, k, v, key_weight, local, gate, result)
+    N, tokens = q.shape[1], _tokens(q, v)
     for qs, ks, vs, weights, locals_, gates, outs in _runs(_images(q, v), 0, q, k, v, key_weight, local, gate, out):
         state = _reduced(_runs(tokens, 1, ks, vs, weights, turns), N, form)
         for run in _runs(tokens, 1, qs, locals_, gates, outs, turns):
             _apply(*run, state, N, form)
         states.append(state)
-    return out.view(shape), states
+    return result, states
 
 
 def _reduced(runs: Iterable[tuple], N: int, form: Form) -> State:

@@ -7,7 +7,7 @@ from torch import nn
 
 from visionbb.backbones import layers
 from visionbb.backbones.layers import TokenMlp
-from visionbb.mixers import linear
+from visionbb.mixers import linear, slabs
 
 
 def hidden_sizes(mlp, x):
@@ -21,8 +21,8 @@ def hidden_sizes(mlp, x):
 
 @pytest.mark.parametrize("shape", [(2, 9, 7, 8), (1, 131, 8), (5, 8)])
 def test_slabs_give_what_the_whole_gives(shape, monkeypatch):
-    monkeypatch.setattr(layers, "WIDEST_HIDDEN", 0)
-    monkeypatch.setattr(layers, "SLAB", 96)
+    monkeypatch.setattr(slabs, "WIDEST_HIDDEN", 0)
+    monkeypatch.setattr(slabs, "SLAB", 96)
     mlp, x = TokenMlp(8, 32), torch.randn(shape)
     with torch.no_grad():
         out, sizes = hidden_sizes(mlp, x)
@@ -35,14 +35,23 @@ def test_small_and_differentiated_maps_stay_whole(monkeypatch):
     mlp, x = TokenMlp(8, 32), torch.randn(2, 9, 7, 8)
     with torch.no_grad():
         assert hidden_sizes(mlp, x)[1] == [x.numel() * 4]
-    monkeypatch.setattr(layers, "WIDEST_HIDDEN", 0)
-    monkeypatch.setattr(layers, "SLAB", 96)
+    monkeypatch.setattr(slabs, "WIDEST_HIDDEN", 0)
+    monkeypatch.setattr(slabs, "SLAB", 96)
     assert hidden_sizes(mlp, x)[1] == [x.numel() * 4]
 
 
+def test_a_graph_takes_any_batch(monkeypatch):
+    monkeypatch.setattr(slabs, "WIDEST_HIDDEN", 2**14)  # two images lie below it, eight do not
+    mlp, x = TokenMlp(8, 32).eval(), torch.randn(8, 9, 7, 8)
+    with torch.no_grad():
+        batch = {0: torch.export.Dim("batch", min=1, max=64)}
+        program = torch.export.export(mlp, (x[:2],), dynamic_shapes=(batch,)).module()
+        torch.testing.assert_close(program(x), mlp(x))
+
+
 def test_one_graph_holds_the_whole(monkeypatch):
-    monkeypatch.setattr(layers, "WIDEST_HIDDEN", 0)
-    monkeypatch.setattr(layers, "SLAB", 96)
+    monkeypatch.setattr(slabs, "WIDEST_HIDDEN", 0)
+    monkeypatch.setattr(slabs, "SLAB", 96)
     mlp, x = TokenMlp(8, 32).eval(), torch.randn(2, 9, 7, 8)
     with torch.no_grad():
         program = torch.export.export(mlp, (x,)).module()
@@ -73,7 +82,7 @@ def one_by_one(model, x):
 @pytest.mark.parametrize("act_layer", [nn.ReLU, nn.GELU, partial(nn.GELU, "tanh"), nn.Hardswish])
 @pytest.mark.parametrize("widest", [0, 2**24])
 def test_fused_convolutions_give_what_the_layers_give(act_layer, widest, monkeypatch):
-    monkeypatch.setattr(layers, "WIDEST_HIDDEN", widest)
+    monkeypatch.setattr(slabs, "WIDEST_HIDDEN", widest)
     model, x = stem(act_layer), torch.randn(3, 3, 37, 42).contiguous(memory_format=torch.channels_last)
     with torch.no_grad():
         torch.testing.assert_close(model(x), one_by_one(model, x), rtol=1e-5, atol=1e-5)

@@ -8,7 +8,7 @@ import timm
 import torch
 from torch import nn
 
-from visionbb.mixers import HybridScaleAttention, LocalSumAttention, SelfGuidedAttention
+from visionbb.mixers import HybridScaleAttention, LocalSumAttention, SelfGuidedAttention, slabs
 from visionbb.models.sg_former import VARIANTS, GuidedPair
 
 TINY = dict(embed_dim=8, depths=(2, 2, 3, 1), num_heads=(2, 2, 2, 4), mlp_ratio=2.0)
@@ -171,12 +171,10 @@ def test_convolutions_begin_by_their_fan_out():
 
 
 def test_few_images_at_a_time_give_what_all_give(monkeypatch):
-    from visionbb.backbones import layers
-
     model, x = tiny(), images(64, 48).repeat(2, 1, 1, 1)
     with torch.no_grad():
         want = model(x)
-        monkeypatch.setattr(layers, "WIDEST_HIDDEN", 0)
+        monkeypatch.setattr(slabs, "WIDEST_HIDDEN", 0)
         torch.testing.assert_close(model(x), want)
 
 

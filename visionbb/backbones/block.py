@@ -11,7 +11,8 @@ from torch import nn
 from ..mixers.conv import DepthwiseConv
 from ..mixers.dropout import Dropout
 from ..mixers.linear import Linear, linear_act
-from .layers import TokenMlp, in_slabs
+from ..mixers.slabs import in_slabs
+from .layers import TokenMlp
 
 
 @register_notrace_module  # slabs by the size of the map

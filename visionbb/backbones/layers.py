@@ -7,10 +7,11 @@ from timm.layers import trunc_normal_
 from timm.models import register_notrace_module
 from torch import nn
 
-from ..kernels._dispatch import caches, eager_inference
+from ..kernels._dispatch import eager_inference
 from ..mixers.conv import DepthwiseConv
 from ..mixers.dropout import Dropout
 from ..mixers.linear import ONEDNN_ACTS, Linear, linear, linear_act, onednn_act, onednn_infers, onednn_linear, watched
+from ..mixers.slabs import in_slabs
 
 
 class PointwiseConv(nn.Conv2d):
@@ -144,10 +145,6 @@ def init_convs(model: nn.Module) -> None:
                 nn.init.zeros_(module.bias)
 
 
-WIDEST_HIDDEN = 2**25  # bytes: malloc hands larger blocks back to the system, which clears them page by page
-SLAB = 2**20  # numbers of a hidden layer that stay in cache, a thread
-
-
 @register_notrace_module  # slabs by the number of tokens
 class TokenMlp(nn.Module):
     """fc2(act(fc1(x))) on (..., dim), wide maps in slabs of tokens on a CPU that only infers.
@@ -183,15 +180,3 @@ class TokenMlp(nn.Module):
         else:
             x = linear_act(x, self.fc1, self.act)
         return self.drop2(self.fc2(self.drop1(x)))
-
-
-def in_slabs(layers: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, hidden: int) -> torch.Tensor:
-    """layers(x), of a few of x's entries (tokens, images) at a time where the map is wide and a CPU only infers.
-
-    Args:
-        hidden: numbers of the widest layers in memory at once, an entry.
-    """
-    narrow = x.shape[0] * hidden * x.element_size() <= WIDEST_HIDDEN
-    if narrow or x.device.type != "cpu" or torch.is_grad_enabled() or not eager_inference():
-        return layers(x)
-    return torch.cat([layers(slab) for slab in x.split(max(1, caches() * SLAB // hidden))])

@@ -9,6 +9,7 @@ from torch import nn
 from .attention import relative_bias
 from .dropout import Dropout
 from .linear import Linear
+from .slabs import in_slabs
 
 
 @register_notrace_module  # windows by the size of the map
@@ -54,10 +55,17 @@ class WindowAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         _, H, W, _ = x.shape
         x = to_windows(x, self.rows, self.cols).flatten(1, 2)
-        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
-        x = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
-        x = self.proj_drop(self.proj(x))
+        if torch.jit.is_scripting():
+            x = self.attend(x)
+        else:  # q, k, v and the result are four maps
+            x = in_slabs(self.attend, x, 4 * x.shape[1] * x.shape[2])
         return from_windows(x.unflatten(1, (self.rows, self.cols)), H, W)
+
+    def attend(self, x: torch.Tensor) -> torch.Tensor:
+        """Of windows (windows, tokens, dim), each by itself."""
+        q, k, v = self.qkv(x).unflatten(-1, (3, self.num_heads, -1)).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(x.shape)
+        return self.proj_drop(self.proj(y))
 
     def extra_repr(self) -> str:
         return f"window_size=({self.rows}, {self.cols})"

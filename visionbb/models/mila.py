@@ -21,9 +21,10 @@ from timm.models import generate_default_cfgs, register_notrace_module
 from torch import nn
 
 from ..backbones import Block, Pyramid, keep_native, renamed
-from ..backbones.layers import MapConvNormActs, PointwiseConv, conv_norm_acts, in_slabs
+from ..backbones.layers import MapConvNormActs, PointwiseConv, conv_norm_acts
 from ..mixers import DepthwiseConv, LinearAttention
 from ..mixers.linear import Linear
+from ..mixers.slabs import in_slabs
 from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-5)

@@ -22,9 +22,10 @@ from torch import nn
 from ..backbones import Block, PositionEmbed, Pyramid, keep_native, renamed
 from ..backbones.backbone import drop_path_rates
 from ..backbones.block import ConvMlp
-from ..backbones.layers import PointwiseConv, in_slabs
+from ..backbones.layers import PointwiseConv
 from ..mixers import DepthwiseConv, HybridScaleAttention, LocalSumAttention, SelfGuidedAttention
 from ..mixers.linear import InplaceGELU
+from ..mixers.slabs import in_slabs
 from ._registry import create_from, imagenet_cfg, register_variants
 
 Norm = partial(LayerNorm, eps=1e-6)

@@ -86,14 +86,14 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     """
     if torch.jit.is_scripting():
         return F.linear(x, weight, bias)
-    elif wants_gradient(x, weight, bias):
-        if _by_onednn(x, weight, bias, MIN_TRAINED_PRODUCTS):
+    else:
+        trained = wants_gradient(x, weight, bias)
+        if not _by_onednn(x, weight, bias, MIN_TRAINED_PRODUCTS if trained else MIN_PRODUCTS):
+            return F.linear(x, weight, bias)
+        if trained:
             # A map's shape is given back out here: autograd lets nothing write into views from inside of a function.
             return _Linear.apply(x.flatten(0, -2), weight, bias).view(*x.shape[:-1], len(weight))
-        return F.linear(x, weight, bias)
-    else:
-        by_onednn = _by_onednn(x, weight, bias, MIN_PRODUCTS)
-        return onednn_linear(x, weight, bias) if by_onednn else F.linear(x, weight, bias)
+        return onednn_linear(x, weight, bias)
 
 
 @register_notrace_module  # asks whether a gradient needs the input
